@@ -1,0 +1,111 @@
+"""Hidden states to log-probabilities without the [.., V] logits, and masked sums over completions.
+
+The one place where a vocabulary is touched. Alignment is the caller's: state i predicts target i.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pjpo.products import contract_rows, dot
+
+
+def sum_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) -> Float[Array, "B N"]:
+    """Sum over the tokens of each completion where `mask` is true."""
+    return jnp.where(mask, values, 0).sum(-1)
+
+
+def mean_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) -> Float[Array, "B N"]:
+    """Mean over the tokens of each completion where `mask` is true; 0 for an empty completion."""
+    return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logps(
+    hidden: Float[Array, "G C D"], table: Float[Array, "V D"], targets: Int[Array, "G C"], block_numbers: int
+) -> Float[Array, "G C"]:
+    """log softmax(hidden @ table.T)[targets], nats, float32.
+
+    Works through blocks of positions and recomputes each block's logits in the backward pass, so neither pass holds
+    more than `block_numbers` logits (4 bytes each), whatever C and V are.
+
+    Args:
+        hidden: final hidden states in the compute dtype; the product is in that dtype, the softmax in float32.
+        table: the output head, a row per token; any float dtype.
+        targets: the token that each state predicts.
+        block_numbers: how many logits may exist at once.
+    """
+    return _forward(hidden, table, targets, block_numbers)[0]
+
+
+def _forward(hidden, table, targets, block_numbers):
+    head = table.astype(hidden.dtype)
+
+    def block(states, targets):
+        logits = dot(states, head, (2,), (1,))
+        total = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where(_is_target(logits, targets), logits, 0).sum(-1) - total, total
+
+    logps, totals = _map_blocks(block, (hidden, targets), _num_blocks(hidden, table, block_numbers))
+    return logps, (hidden, table, targets, totals)
+
+
+def _backward(block_numbers, residuals, cotangents):
+    hidden, table, targets, totals = residuals
+    head = table.astype(hidden.dtype)
+
+    def block(dtable, xs):
+        states, targets, totals, cotangents = xs
+        logits = dot(states, head, (2,), (1,))
+        probabilities = jnp.exp(logits - totals[..., None])
+        dlogits = cotangents[..., None] * (_is_target(logits, targets) - probabilities)
+        dlogits = dlogits.astype(hidden.dtype)
+        dstates = dot(dlogits, head, (2,), (0,)).astype(hidden.dtype)
+        return dtable + contract_rows(dlogits, states), dstates
+
+    num_blocks = _num_blocks(hidden, table, block_numbers)
+    dtable = jnp.zeros(table.shape, jnp.promote_types(hidden.dtype, jnp.float32))
+    dtable, dhidden = _scan_blocks(block, dtable, (hidden, targets, totals, cotangents), num_blocks)
+    return dhidden, dtable.astype(table.dtype), None
+
+
+token_logps.defvjp(_forward, _backward)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    # A comparison, not a gather: it fuses with the softmax and follows the logits wherever the vocabulary is sharded.
+    return lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def _num_blocks(hidden: Array, table: Array, block_numbers: int) -> int:
+    groups, positions, _ = hidden.shape
+    return max(1, min(positions, math.ceil(groups * positions * table.shape[0] / block_numbers)))
+
+
+def _map_blocks(function, arrays, num_blocks: int):
+    return _scan_blocks(lambda carry, xs: (carry, function(*xs)), (), arrays, num_blocks)[1]
+
+
+def _scan_blocks(function, carry, arrays, num_blocks: int):
+    """Scan over equal blocks of axis 1 (the last one padded), which no mesh axis cuts; results joined on axis 1."""
+    if num_blocks == 1:
+        return function(carry, arrays)
+    positions = arrays[0].shape[1]
+    size = math.ceil(positions / num_blocks)
+
+    def split(x):
+        padded = jnp.pad(x, [(0, 0), (0, size * num_blocks - positions)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
+
+    def join(y):
+        y = jnp.moveaxis(y, 0, 1)
+        return y.reshape(y.shape[0], num_blocks * size, *y.shape[3:])[:, :positions]
+
+    carry, results = lax.scan(function, carry, jax.tree.map(split, arrays))
+    return carry, jax.tree.map(join, results)

@@ -1,0 +1,50 @@
+"""Direct Preference Optimization (DPO). Rafailov et al. 2023, arXiv:2305.18290, Eq. 7. Departures: none."""
+
+import dataclasses
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from pjpo.logps import sum_completion
+from pjpo.metrics import Mean
+from pjpo.types import CHOSEN, REJECTED, Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    beta: float = 0.1  # pull towards the reference; dimensionless, > 0
+
+    def __post_init__(self):
+        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
+            raise ValueError(f"dpo: beta must be > 0 and finite, got {self.beta}")
+
+
+def loss(
+    config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: Float[Array, "B 2 T"]
+) -> tuple[Mean, dict[str, Mean]]:
+    """Logistic loss on the margin by which the policy, more than the reference, prefers chosen.
+
+    Args:
+        config: hyperparameters, static under jit.
+        batch: pairs; axis 1 is (chosen, rejected). A pair with nothing to score (padding of a batch) is not counted.
+        logps: policy log-probability of each completion token; nats, float32.
+        ref_logps: the same under the reference model; a constant to the gradient.
+
+    Returns:
+        Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
+    """
+    logratios = logps - jax.lax.stop_gradient(ref_logps)  # [B, 2, T]
+    rewards = config.beta * sum_completion(logratios, batch.loss_mask)  # [B, 2]; Eq. 7 sums
+    margins = rewards[:, CHOSEN] - rewards[:, REJECTED]  # [B]
+    sums = sum_completion(logps, batch.loss_mask)  # [B, 2]
+    pairs = batch.loss_mask.any((1, 2))  # [B]
+    metrics = {
+        "rewards/chosen": Mean.of(rewards[:, CHOSEN], pairs),
+        "rewards/rejected": Mean.of(rewards[:, REJECTED], pairs),
+        "rewards/margins": Mean.of(margins, pairs),
+        "rewards/accuracies": Mean.of(margins > 0, pairs),  # strict: a tie is no success
+        "logps/chosen": Mean.of(sums[:, CHOSEN], pairs),
+        "logps/rejected": Mean.of(sums[:, REJECTED], pairs),
+    }
+    return Mean.of(-jax.nn.log_sigmoid(margins), pairs), metrics

@@ -1,0 +1,36 @@
+"""Means that add up: microbatches, devices and hosts give the same number however the batch is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean kept as its sum and count, float32 (float64 under x64), so that parts can be added before dividing."""
+
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+
+    @classmethod
+    def of(cls, values: Array, mask: Array | None = None) -> Mean:
+        """The mean of `values` where `mask` (of the same shape) is true; of all values without one."""
+        values = jnp.asarray(values)
+        if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize < 4:
+            values = values.astype(jnp.float32)
+        if mask is None:
+            return cls(values.sum(), jnp.asarray(values.size, values.dtype))
+        assert mask.shape == values.shape, f"mask {mask.shape} does not fit values {values.shape}"
+        return cls(jnp.where(mask, values, 0).sum(), mask.sum().astype(values.dtype))
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+    def value(self) -> Float[Array, ""]:
+        """Sum over count; 0 where nothing was counted."""
+        return jnp.where(self.count > 0, self.sum / jnp.where(self.count > 0, self.count, 1), 0)

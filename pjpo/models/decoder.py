@@ -1,0 +1,222 @@
+"""The decoder: RMSNorm, rotary grouped-query attention and a gated feed-forward, in Flax Linen; Llama's block.
+
+Letters beside those of `pjpo.types`: K key/value heads, Q query heads for each, H numbers a head, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pjpo.models import lora
+from pjpo.models.attention import rotate
+from pjpo.products import product
+
+# Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
+AXES = {
+    ("embed", "table"): ("vocab", "embed"),
+    ("head", "table"): ("vocab", "embed"),
+    ("qkv", "kernel"): ("embed", "kv_heads", "heads_of_kv", "head_dim"),
+    ("out", "kernel"): ("kv_heads", "heads_of_kv", "head_dim", "embed"),
+    ("gate_up", "kernel"): ("embed", "gate_and_up", "mlp"),
+    ("down", "kernel"): ("mlp", "embed"),
+    ("attention_norm", "scale"): ("norm",),
+    ("mlp_norm", "scale"): ("norm",),
+    ("final_norm", "scale"): ("norm",),
+    ("q_adapter", "a"): ("embed", "rank"),
+    ("k_adapter", "a"): ("embed", "rank"),
+    ("v_adapter", "a"): ("embed", "rank"),
+    ("o_adapter", "a"): ("flat_heads", "rank"),
+    ("gate_adapter", "a"): ("embed", "rank"),
+    ("up_adapter", "a"): ("embed", "rank"),
+    ("down_adapter", "a"): ("mlp", "rank"),
+    ("q_adapter", "b"): ("rank", "kv_heads", "heads_of_kv", "head_dim"),
+    ("k_adapter", "b"): ("rank", "kv_heads", "head_dim"),
+    ("v_adapter", "b"): ("rank", "kv_heads", "head_dim"),
+    ("o_adapter", "b"): ("rank", "embed"),
+    ("gate_adapter", "b"): ("rank", "mlp"),
+    ("up_adapter", "b"): ("rank", "mlp"),
+    ("down_adapter", "b"): ("rank", "embed"),
+}
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope_theta: float
+    norm_eps: float
+    tied_head: bool
+    max_positions: int  # prompt and completion together
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of products and activations
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the weights at rest
+    scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
+    remat: bool = False  # recompute each layer in the backward pass
+    head_block_numbers: int = 2**25  # logits that exist at once, see `pjpo.logps.token_logps`
+    lora: lora.Config | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"model: rotary embedding needs an even head_dim, got {self.head_dim}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"model: {name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        if self.head_block_numbers < self.vocab_size:
+            raise ValueError(
+                f"model: head_block_numbers {self.head_block_numbers} holds no position's {self.vocab_size} logits"
+            )
+
+    @property
+    def heads_of_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32. Zhang and Sennrich 2019, Eq. 4."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))).astype(x.dtype)
+
+
+class Kernel(nn.Module):
+    """x [*rows, *D] times a kernel [*D, *out]."""
+
+    shape: tuple[int, ...]
+    num_in: int  # how many leading axes of the kernel are contracted
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        axes = tuple(range(self.num_in)), tuple(range(self.num_in, len(self.shape)))
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=axes[0], out_axis=axes[1])
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
+        rows = x.shape[: x.ndim - self.num_in]
+        return product(x.reshape(*rows, -1), kernel.reshape(-1, *self.shape[self.num_in :]))
+
+
+class Block(nn.Module):
+    """One layer. `attend(qkv, cache) -> (out, cache)` decides who sees whom: see `pjpo.models.attention`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "G M D"], positions: Int[Array, "G M"], attend: Callable, cache: Any):
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        k, q, h = c.num_kv_heads, c.heads_of_kv, c.head_dim
+
+        def adapter(projection: str, x: Array, *out: int) -> Array | float:
+            if c.lora is None or projection not in c.lora.targets:
+                return 0.0
+            return lora.Adapter(c.lora, out, dtype, name=f"{projection}_adapter")(x)
+
+        normed = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        qkv = Kernel((c.model_dim, k, q + 2, h), 1, dtype, name="qkv")(normed)
+        queries = qkv[..., :q, :] + adapter("q", normed, k, q, h)
+        keys = qkv[..., q, :] + adapter("k", normed, k, h)
+        values = qkv[..., q + 1, :] + adapter("v", normed, k, h)
+        turned = rotate(jnp.concatenate([queries, keys[..., None, :]], axis=-2), positions, c.rope_theta)
+        attended, cache = attend(jnp.concatenate([turned, values[..., None, :]], axis=-2), cache)
+        flat = attended.reshape(*attended.shape[:-3], -1)
+        x = x + Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended) + adapter("o", flat, c.model_dim)
+
+        normed = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        gate_up = Kernel((c.model_dim, 2, c.mlp_dim), 1, dtype, name="gate_up")(normed)
+        gate = gate_up[..., 0, :] + adapter("gate", normed, c.mlp_dim)
+        hidden = nn.silu(gate) * (gate_up[..., 1, :] + adapter("up", normed, c.mlp_dim))
+        return x + Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden) + adapter("down", hidden, c.model_dim), cache
+
+
+class Decoder(nn.Module):
+    """Tokens to final hidden states; the head is `head_table` with `pjpo.logps` or a plain product."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "G M"], positions: Int[Array, "G M"], attend: Callable, caches: Any = None):
+        """Hidden states [G, M, D] and every layer's cache: a tuple, or one stacked on axis 0 when layers are scanned."""
+        c = self.config
+        embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
+        x = embed()[tokens].astype(c.dtype)
+        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        if c.scan_layers:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),
+                length=c.num_layers,
+            )
+            x, caches = layers(c, name="layers")(x, positions, attend, caches)
+        else:
+            each = []
+            for i in range(c.num_layers):
+                x, cache = block(c, name=f"layers_{i}")(x, positions, attend, None if caches is None else caches[i])
+                each.append(cache)
+            caches = tuple(each)
+        if not c.tied_head:
+            Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="head")()
+        return RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), name="final_norm")(x), caches
+
+
+class Table(nn.Module):
+    """A row for each token."""
+
+    shape: tuple[int, int]
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        return self.param("table", nn.initializers.normal(0.02), self.shape, self.param_dtype)
+
+
+def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
+    """The output head's rows: the embedding where the two are tied."""
+    return params["params"]["embed" if config.tied_head else "head"]["table"]
+
+
+def stack_layers(params: dict) -> dict:
+    """Parameters of unrolled layers (`layers_0`, ...) -> those of scanned ones (`layers`, stacked on axis 0)."""
+
+    def stack(tree: dict) -> dict:
+        names = sorted((name for name in tree if name.startswith("layers_")), key=lambda name: int(name[7:]))
+        rest = {name: value for name, value in tree.items() if name not in names}
+        return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *(tree[name] for name in names))}
+
+    return {collection: stack(tree) for collection, tree in params.items()}
+
+
+def unstack_layers(params: dict) -> dict:
+    """The inverse of `stack_layers`."""
+
+    def unstack(tree: dict) -> dict:
+        rest = {name: value for name, value in tree.items() if name != "layers"}
+        num_layers = len(jax.tree.leaves(tree["layers"])[0])
+        return rest | {f"layers_{i}": jax.tree.map(lambda x: x[i], tree["layers"]) for i in range(num_layers)}  # noqa: B023
+
+    return {collection: unstack(tree) for collection, tree in params.items()}

@@ -1,0 +1,52 @@
+"""Low-rank adapters. Hu et al. 2021, arXiv:2106.09685, Eq. 3: x W + alpha/rank (x A) B, with B = 0 at the start.
+
+Their parameters live in a Flax collection of their own, "lora", so the reference model is the same weights without it
+and an optimizer can hold state for the adapters alone.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pjpo.products import product
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    rank: int = 8
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    targets: tuple[str, ...] = PROJECTIONS  # which projections of every layer get an adapter
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora: rank must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora: alpha must be > 0, got {self.alpha}")
+        unknown = [name for name in self.targets if name not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise ValueError(f"lora: targets must be some of {', '.join(PROJECTIONS)}; got {self.targets}")
+
+
+class Adapter(nn.Module):
+    """x [..., *D] -> the update [..., *out]; zero where the parameters passed in hold no adapters."""
+
+    config: Config
+    out: tuple[int, ...]
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array | float:
+        if not self.is_initializing() and not self.has_variable("lora", "a"):
+            return 0.0
+
+        def draw():
+            return nn.initializers.he_uniform()(self.make_rng("params"), (x.shape[-1], self.config.rank), self.param_dtype)
+
+        a = self.variable("lora", "a", draw)
+        b = self.variable("lora", "b", jnp.zeros, (self.config.rank, *self.out), self.param_dtype)
+        return product(product(x, a.value), b.value) * (self.config.alpha / self.config.rank)

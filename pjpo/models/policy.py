@@ -1,0 +1,89 @@
+"""A policy: a frozen description of a model whose functions are pure in its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from pjpo import sampling
+from pjpo.logps import token_logps
+from pjpo.models import attention
+from pjpo.models.decoder import Config, Decoder, head_table
+from pjpo.models.streams import Streams
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Parameters are Flax variables: {"params": weights} and, with adapters, {"params": weights, "lora": adapters}.
+
+    Adapters count only where they are passed in: the same weights without "lora" are the reference model.
+    """
+
+    config: Config
+
+    def init(self, key: Array) -> dict:
+        """Random parameters; adapters start as no change at all."""
+        token = jnp.zeros((1, 1), jnp.int32)
+        attend = Partial(attention.prefill, jnp.ones((1, 1), bool))
+        return jax.jit(lambda key: Decoder(self.config).init(key, token, token, attend, None))(key)
+
+    def logps(self, params: dict, batch: Batch) -> Float[Array, "B N T"]:
+        """Log-probability of each completion token at temperature 1, nats, float32; 0 where there is no token.
+
+        Each prompt is computed once for its N completions, and the vocabulary is never materialised.
+
+        Raises:
+            ValueError: no prompt tokens to predict from, or more positions than the model has.
+        """
+        width, length = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
+        if width + length > self.config.max_positions:
+            raise ValueError(
+                f"prompt width {width} + completion width {length} exceeds the model's {self.config.max_positions} positions"
+            )
+        return _logps(self.config, params, batch)
+
+    def generate(self, params: dict, prompts, key: Array, settings: sampling.Sampling) -> sampling.Completions:
+        """N completions of each prompt, with masks and log-probs that teacher forcing repeats.
+
+        Args:
+            params: parameters.
+            prompts: `pjpo.sampling.Prompts`, or a pair of arrays: tokens and mask, [B, P].
+            key: one key, from which sequence (b, n) gets fold_in(fold_in(key, b), n); or one for each, [B, N].
+            settings: how many tokens, how they are chosen, where to stop.
+
+        Raises:
+            ValueError: an empty prompt, more positions than the model has, a stop token outside the vocabulary.
+        """
+        return sampling.generate(self, params, prompts, key, settings)
+
+    def trainable(self, params: dict) -> tuple[dict, dict]:
+        """(what the optimizer changes, what stays): the adapters and the rest where there are adapters."""
+        if "lora" in params:
+            return {"lora": params["lora"]}, {"params": params["params"]}
+        return params, {}
+
+    def without_adapters(self, params: dict) -> dict:
+        """The reference model's parameters: the same arrays, adapters left out."""
+        return {"params": params["params"]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logps(config: Config, params: dict, batch: Batch) -> Array:
+    streams = Streams.of(batch)
+    attend = Partial(attention.shared_prefix, streams)
+    hidden, _ = Decoder(config).apply(params, streams.tokens, streams.positions, attend, None)
+    slots = streams.join(jnp.zeros_like(batch.prompt_tokens), batch.completion_tokens)
+    targets = streams.completions_of(streams.to_places(slots))
+    hidden = streams.completions_of(hidden)
+    logps = token_logps(hidden, head_table(config, params), targets, config.head_block_numbers)
+    everywhere = jnp.pad(logps, [(0, 0), (streams.tokens.shape[1] - logps.shape[1], 0)])
+    _, logps = streams.split(streams.to_slots(everywhere))
+    # A completion without a prompt has nothing to predict its first token from: nan there, rather than a made-up number.
+    unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
+    return jnp.where(batch.completion_mask, jnp.where(unpredicted, jnp.nan, logps), 0)

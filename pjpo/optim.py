@@ -1,0 +1,80 @@
+"""Optax optimizers by name, with schedule, clipping and weight-decay mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    learning_rate: float  # at its peak
+    name: Literal["adamw", "rmsprop", "adafactor", "sgd"] = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up; the last two fall to zero
+    warmup_steps: int = 0  # linear from zero
+    weight_decay: float = 0.0  # adamw only; norm scales are spared
+    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm; inf never clips
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self):
+        checks = {
+            "learning_rate": (0 < self.learning_rate < math.inf, "> 0"),
+            "name": (self.name in ("adamw", "rmsprop", "adafactor", "sgd"), "adamw, rmsprop, adafactor or sgd"),
+            "schedule": (self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"),
+            "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, ">= 0"),
+            "max_grad_norm": (self.max_grad_norm > 0, "> 0"),
+            "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
+            "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
+            "epsilon": (self.epsilon > 0, "> 0"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise ValueError(f"optimizer: {name} must be {allowed}, got {getattr(self, name)!r}")
+        if self.weight_decay and self.name != "adamw":
+            raise ValueError(f"optimizer: weight_decay is adamw's, {self.name} has none; set it to 0")
+
+
+def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
+    """Learning rate of each update, the first being number 0.
+
+    Raises:
+        ValueError: a warm-up that outlasts the run.
+    """
+    if config.warmup_steps >= num_steps and config.warmup_steps:
+        raise ValueError(f"optimizer: warmup_steps {config.warmup_steps} must be below num_steps {num_steps}")
+    peak, rest = config.learning_rate, max(num_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    # Update 0 already moves: it takes 1/warmup of the peak.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip to the global norm, then the named optimizer under `schedule`."""
+    rule = {
+        "adamw": lambda: optax.adamw(
+            schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decays
+        ),
+        "rmsprop": lambda: optax.rmsprop(schedule, decay=config.beta2, eps=config.epsilon),
+        "adafactor": lambda: optax.adafactor(schedule),
+        "sgd": lambda: optax.sgd(schedule, momentum=config.beta1),
+    }[config.name]()
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+
+
+def decays(params):
+    """Which leaves weight decay acts on: all but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

@@ -1,0 +1,60 @@
+"""Every matrix product of the models goes through here: float32 exactly, bfloat16 with float32 accumulation.
+
+On GPU and TPU these are the ordinary products. XLA's CPU backend needs care in bfloat16: it reaches the processor's
+matrix unit only when a product takes bfloat16 to float32 and no transposition is folded into an operand, so there the
+weight gradient transposes its left operand into a real array first.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+def dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> Array:
+    """Contract `axes_a` of a with `axes_b` of b; float32 result, never through TF32 or a bfloat16 pass for float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), precision=precision, preferred_element_type=_wide(a))
+
+
+def contract_rows(a: Array, b: Array) -> Array:
+    """a [*rows, A] and b [*rows, *B] -> sum over rows of their outer products [A, *B], float32: a weight's gradient."""
+    rows = tuple(range(a.ndim - 1))
+    plain = functools.partial(dot, axes_a=rows, axes_b=rows)
+    return lax.platform_dependent(a, b, cpu=_contract_transposed if a.dtype == jnp.bfloat16 else plain, default=plain)
+
+
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; the kernel is cast to it at use."""
+    return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
+
+
+def _product_forward(x, kernel):
+    return product(x, kernel), (x, kernel)
+
+
+def _product_backward(residuals, cotangent):
+    x, kernel = residuals
+    cotangent = cotangent.astype(x.dtype)
+    out = tuple(range(1, kernel.ndim))
+    dx = dot(cotangent, kernel.astype(x.dtype), tuple(range(x.ndim - 1, cotangent.ndim)), out).astype(x.dtype)
+    return dx, contract_rows(x, cotangent).astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _wide(a: Array) -> jnp.dtype:
+    return jnp.promote_types(a.dtype, jnp.float32)
+
+
+def _contract_transposed(a: Array, b: Array) -> Array:
+    out, a = b.shape[a.ndim - 1 :], a.reshape(-1, a.shape[-1])
+    # XLA folds a plain transposition back into the product. A slice that starts at a number it cannot know (0, as
+    # dynamic_slice clamps a full-size window, nan or not) keeps the transposed array real.
+    start = (a[0, 0] != a[0, 0]).astype(jnp.int32)
+    transposed = lax.dynamic_slice(lax.optimization_barrier(a.T), (start, start), a.shape[::-1])
+    return dot(transposed, b.reshape(a.shape[0], -1), (1,), (0,)).reshape(a.shape[1], *out)

@@ -1,0 +1,179 @@
+"""Decoding under jit: each prompt is prefilled once for its N completions, which then grow token by token in a KV cache.
+
+A sequence's tokens depend on its own key and prompt alone, never on what else is in the batch or how it is padded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
+
+from pjpo.models import attention
+from pjpo.models.decoder import Decoder, head_table
+from pjpo.packing import prompt_keys
+from pjpo.products import dot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose the next token. Filters apply after the temperature, in the order top_k, top_p, min_p."""
+
+    max_completion_tokens: int
+    num_completions: int = 1  # of each prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # drop tokens less likely than this fraction of the likeliest
+    stop_tokens: tuple[int, ...] = ()  # a completion ends with the first of these, which it includes
+
+    def __post_init__(self):
+        checks = {
+            "max_completion_tokens": (self.max_completion_tokens >= 1, ">= 1"),
+            "num_completions": (self.num_completions >= 1, ">= 1"),
+            "temperature": (0 <= self.temperature < math.inf, ">= 0 and finite"),
+            "top_k": (self.top_k >= 0, ">= 0"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "stop_tokens": (all(token >= 0 for token in self.stop_tokens), "token ids, >= 0"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise ValueError(f"sampling: {name} must be {allowed}, got {getattr(self, name)}")
+
+
+class Prompts(NamedTuple):
+    """Prompts padded on either side; every row has at least one real token."""
+
+    tokens: Int[Array, "B P"]
+    mask: Bool[Array, "B P"]
+
+
+class Completions(NamedTuple):
+    tokens: Int[Array, "B N T"]  # 0 after the end
+    mask: Bool[Array, "B N T"]  # the stop token included
+    logps: Float[Array, "B N T"]  # of the tokens at temperature 1 under the whole distribution, nats; 0 after the end
+
+
+def sequence_keys(key: Array, num_prompts: int, num_completions: int) -> Array:
+    """One key [B, N] for each sequence: `key` folded with the prompt's row, then with the completion's number."""
+    rows = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_prompts))
+    return jax.vmap(lambda row: jax.vmap(lambda n: jax.random.fold_in(row, n))(jnp.arange(num_completions)))(rows)
+
+
+def generate(policy, params: dict, prompts: Prompts, key: Array, sampling: Sampling) -> Completions:
+    """Completions of each prompt; see `pjpo.models.Policy.generate`."""
+    tokens, mask = prompts
+    if tokens.shape != mask.shape or tokens.ndim != 2:
+        raise ValueError(f"prompts must be tokens and mask of one shape [B, P], got {tokens.shape} and {mask.shape}")
+    if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask).any(1).all():
+        raise ValueError(f"prompt {int(np.argmin(np.asarray(mask).any(1)))} is empty; generation needs a token to start from")
+    length = tokens.shape[1] + sampling.max_completion_tokens
+    if length > policy.config.max_positions:
+        raise ValueError(
+            f"prompt width {tokens.shape[1]} + max_completion_tokens {sampling.max_completion_tokens} = {length} exceeds the "
+            f"model's {policy.config.max_positions} positions; shorten one of them"
+        )
+    beyond = [token for token in sampling.stop_tokens if token >= policy.config.vocab_size]
+    if beyond:
+        raise ValueError(f"sampling: stop_tokens {beyond} are outside the vocabulary of {policy.config.vocab_size}")
+    keys = sequence_keys(key, len(tokens), sampling.num_completions) if key.ndim == 0 else key
+    if keys.shape != (len(tokens), sampling.num_completions):
+        raise ValueError(f"key must be one key or keys [B, N] = {(len(tokens), sampling.num_completions)}, got {keys.shape}")
+    return _generate(policy.config, sampling, params, Prompts(jnp.asarray(tokens), jnp.asarray(mask)), keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array) -> Completions:
+    num_prompts, width = prompts.tokens.shape
+    decoder, table = Decoder(config), head_table(config, params).astype(config.dtype)
+    positions = (prompts.mask.cumsum(1) - 1).clip(0)
+    _, caches = decoder.apply(params, prompts.tokens, positions, Partial(attention.prefill, prompts.mask), None)
+    visible = prompt_keys(prompts.mask)
+    last = width - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1)
+    first = jnp.take_along_axis(prompts.tokens, last[:, None], axis=1)  # [B, 1]
+    length = prompts.mask.sum(1)[:, None]
+    shape = (num_prompts, sampling.num_completions)
+
+    def with_room(cache):  # the completions' keys and values, beside the prompts'
+        k, v = cache
+        room = (*k.shape[:-2], shape[1], sampling.max_completion_tokens, k.shape[-1])
+        return k, v, jnp.zeros(room, k.dtype), jnp.zeros(room, v.dtype)
+
+    caches = with_room(caches) if config.scan_layers else tuple(map(with_room, caches))
+    blank = jnp.zeros((*shape, sampling.max_completion_tokens))
+    start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
+
+    def running(carry):
+        step, _, ended, _, _ = carry
+        return (step < sampling.max_completion_tokens) & ~ended.all()
+
+    def grow(carry):
+        step, inputs, ended, caches, out = carry
+        attend = Partial(attention.decode, visible, step)
+        positions = jnp.broadcast_to(length - 1 + step, shape)
+        hidden, caches = decoder.apply(params, inputs, positions, attend, caches)
+        logits = dot(hidden, table, (2,), (1,))  # [B, N, V]
+        tokens = jnp.where(ended, 0, choose(sampling, logits, _step_keys(keys, step)))
+        at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        logps = jnp.where(ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))
+        new = Completions(tokens, ~ended, logps)
+        out = jax.tree.map(lambda whole, x: whole.at[:, :, step].set(x.astype(whole.dtype)), out, new)
+        stopped = jnp.isin(tokens, jnp.array(sampling.stop_tokens, jnp.int32))
+        return step + 1, tokens, ended | stopped, caches, out
+
+    carry = (jnp.int32(0), jnp.broadcast_to(first, shape), jnp.zeros(shape, bool), caches, start)
+    return jax.lax.while_loop(running, grow, carry)[-1]
+
+
+def choose(sampling: Sampling, logits: Float[Array, "B N V"], keys: Array) -> Int[Array, "B N"]:
+    """The next token of each sequence: the likeliest, or one drawn with its own key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return _draw(_keep_likely(sampling, logits / sampling.temperature), keys)
+
+
+def _step_keys(keys: Array, step: Array) -> Array:
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, step)))(keys)
+
+
+def _keep_likely(sampling: Sampling, logits: Array) -> Array:
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = jnp.where(logits < jax.lax.top_k(logits, sampling.top_k)[0][..., -1:], -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        needed = probabilities.cumsum(-1) - probabilities < sampling.top_p
+        lowest = jnp.where(needed, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    if sampling.min_p > 0:
+        logits = jnp.where(logits < logits.max(-1, keepdims=True) + math.log(sampling.min_p), -jnp.inf, logits)
+    return logits
+
+
+def _draw(logits: Array, keys: Array, block: int = 256) -> Array:
+    """One uniform number a sequence through the inverse distribution function; Gumbel noise would need V of them.
+
+    The running sum is taken over blocks, then inside one block, so that float32 loses little and no long scan is needed.
+    """
+    vocab_size = logits.shape[-1]
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, -vocab_size % block)))
+    weights = weights.reshape(*weights.shape[:2], -1, block)  # [B, N, blocks, block]
+    ends = weights.sum(-1).cumsum(-1)
+    uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys)[..., None]
+    target = jnp.minimum(uniform * ends[..., -1:], jnp.nextafter(ends[..., -1:], 0.0))
+    row = jnp.argmax(ends > target, axis=-1)[..., None]
+    before = jnp.where(row > 0, jnp.take_along_axis(ends, jnp.maximum(row - 1, 0), axis=-1), 0.0)
+    inside = jnp.take_along_axis(weights, row[..., None], axis=-2)[..., 0, :]  # [B, N, block]
+    passed = inside.cumsum(-1) > jnp.maximum(target - before, 0.0)
+    last = block - 1 - jnp.argmax(inside[..., ::-1] > 0, axis=-1)  # where rounding leaves the target beyond the block
+    column = jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), last)
+    return (row[..., 0] * block + column).astype(jnp.int32)

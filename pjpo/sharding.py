@@ -1,0 +1,110 @@
+"""The mesh, and one table of rules from a parameter's logical axes to axes of the mesh, which are spelled only here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pjpo.models.decoder import AXES
+
+MESH_AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")  # a batch is cut over both: fsdp differs in that it cuts the weights too
+RULES = {"vocab": "model", "kv_heads": "model", "mlp": "model", "embed": "fsdp"}  # every other axis is whole everywhere
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    data: int = -1  # copies of the model, each with its part of the batch; -1 takes the devices that are left
+    fsdp: int = 1  # parts that the weights are cut into, gathered at use; the batch is cut with them
+    model: int = 1  # parts that heads, feed-forward and vocabulary are cut into
+
+
+def make_mesh(config: Config = Config(), devices: list | None = None) -> Mesh:
+    """A mesh over all devices, or those given, in their order.
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh: sizes must be at least 1, or -1 for one of them; got {_named(sizes)}")
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {_named(sizes)} does not fill the {len(devices)} devices; "
+            f"choose sizes whose product is {len(devices)}, or leave one at -1"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+
+
+def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
+    """Refuse a batch that the mesh or gradient accumulation cannot cut evenly.
+
+    Raises:
+        ValueError: with sizes that would do.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * num_microbatches
+    if batch_size < 1 or batch_size % parts:
+        below = batch_size // parts * parts
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by {parts} (mesh axes {_named(mesh.shape.values())} x "
+            f"{num_microbatches} microbatches); use {f'{below} or ' if below else ''}{below + parts}"
+        )
+
+
+def spec(path: tuple, leaf) -> PartitionSpec:
+    """How one leaf of a tree is cut, by the last two names on its path; whole where the table does not know them.
+
+    It holds for parameters, gradients and optimizer moments alike; a leading axis of scanned layers stays whole.
+    """
+    names = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+    logical = AXES.get(names[-2:])
+    if logical is None or leaf.ndim < len(logical):
+        return PartitionSpec()
+    return PartitionSpec(*[None] * (leaf.ndim - len(logical)), *(RULES.get(axis) for axis in logical))
+
+
+def shardings(tree, mesh: Mesh):
+    """The sharding of every leaf of parameters or of a whole training state.
+
+    Raises:
+        ValueError: an axis of a parameter that its mesh axis does not divide.
+    """
+
+    def of_leaf(path, leaf) -> NamedSharding:
+        partition = spec(path, leaf)
+        for size, axis in zip(leaf.shape, partition):
+            if axis and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} has an axis of {size}, which mesh axis '{axis}' of "
+                    f"{mesh.shape[axis]} does not divide; choose a divisor of {size} for '{axis}'"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def place(tree, mesh: Mesh):
+    """Parameters or a training state, each leaf on its devices."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def constrain(tree, mesh: Mesh):
+    """The same inside jit: pin every leaf's sharding."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def place_batch(batch, mesh: Mesh):
+    """A batch, prompts cut over the mesh's batch axes."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+
+def _named(sizes) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))

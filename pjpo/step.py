@@ -1,0 +1,148 @@
+"""Where a method's loss, the policy, an Optax optimizer and the mesh meet: one jitted update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from pjpo import sharding
+from pjpo.metrics import Mean
+from pjpo.types import Batch
+
+Reference = Literal["none", "online", "stored", "adapter"]
+REFERENCES = ("none", "online", "stored", "adapter")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that training changes, and the seed of everything random."""
+
+    params: dict
+    opt_state: Any  # for `policy.trainable(params)` alone
+    step: Int[Array, ""]  # updates done
+    key: Array  # folded with the step where it is used, never replaced
+
+
+def init_state(policy, params: dict, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh) -> State:
+    """A state on the mesh with fresh optimizer moments, cut like the parameters they belong to.
+
+    It holds copies, as updates donate it; the arrays passed in stay the caller's, to keep as a reference or to drop.
+    """
+    params, key = jax.tree.map(jnp.copy, (sharding.place(params, mesh), key))
+    trainable, _ = policy.trainable(params)
+    abstract = jax.eval_shape(optimizer.init, trainable)
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings(abstract, mesh))(trainable)
+    return sharding.place(State(params, opt_state, jnp.int32(0), key), mesh)
+
+
+def reference_logps(policy, reference: Reference, params: dict, ref_params: dict | None, batch: Batch):
+    """Log-probs [B, N, T] under the reference, or None where the method has none; no gradient.
+
+    Args:
+        policy: the policy.
+        reference: "online" reads `ref_params`; "stored" the batch's own `ref_logps`; "adapter" `params` less adapters.
+        params: the policy's parameters.
+        ref_params: the reference's parameters, for "online".
+        batch: the batch.
+    """
+    if reference == "none":
+        return None
+    if reference == "stored":
+        return batch.ref_logps
+    return jax.lax.stop_gradient(policy.logps(policy.without_adapters(params) if reference == "adapter" else ref_params, batch))
+
+
+def make_update(
+    loss: Callable,
+    method: Any,
+    policy,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    reference: Reference,
+    schedule: optax.Schedule | None = None,
+    num_microbatches: int = 1,
+) -> Callable[[State, dict | None, Batch], tuple[State, dict[str, Mean]]]:
+    """The jitted `update(state, ref_params, batch) -> (state, metrics)`; it donates `state`, never `ref_params`.
+
+    Args:
+        loss: `loss(method, batch, logps, ref_logps) -> (Mean, metrics)`, as in `pjpo.methods`.
+        method: its `Config`, static.
+        policy: whose `logps` are differentiated.
+        optimizer: from `pjpo.optim` or any Optax transformation.
+        mesh: from `pjpo.sharding`; state and batch must lie on it.
+        reference: where reference log-probs come from, see `reference_logps`; `ref_params` is None but for "online".
+        schedule: to log the learning rate.
+        num_microbatches: parts the batch is cut into; their gradients add up in a scan to those of the whole.
+
+    Raises:
+        ValueError: an unknown reference, fewer than one microbatch; from `update`, a batch without what it needs.
+    """
+    if reference not in REFERENCES:
+        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+
+    def objective(trainable, frozen, ref_params, batch):
+        params = trainable | frozen
+        ref_logps = reference_logps(policy, reference, params, ref_params, batch)
+        mean, metrics = loss(method, batch, policy.logps(params, batch), ref_logps)
+        return mean.sum, (mean, metrics)
+
+    def update(state: State, ref_params: dict | None, batch: Batch) -> tuple[State, dict[str, Mean]]:
+        trainable, frozen = policy.trainable(state.params)
+
+        def gradient(microbatch):  # of a sum, with what to divide by
+            return jax.grad(objective, has_aux=True)(trainable, frozen, ref_params, microbatch)
+
+        if num_microbatches == 1:
+            grads, (mean, metrics) = gradient(batch)
+        else:
+            parts = _split(batch, num_microbatches)
+            first = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            (grads, (mean, metrics)), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
+            )
+        grads = jax.tree.map(lambda g: (g / jnp.maximum(mean.count, 1)).astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        params = optax.apply_updates(trainable, updates) | frozen
+        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.global_norm(grads))}
+        if schedule is not None:
+            metrics["learning_rate"] = Mean.of(jnp.asarray(schedule(state.step), jnp.float32))
+        return sharding.constrain(State(params, opt_state, state.step + 1, state.key), mesh), metrics
+
+    jitted = jax.jit(update, donate_argnums=0)
+
+    def checked(state: State, ref_params: dict | None, batch: Batch) -> tuple[State, dict[str, Mean]]:
+        if reference == "stored" and batch.ref_logps is None:
+            raise ValueError("reference is 'stored', but the batch holds no ref_logps; attach them or choose 'online'")
+        if (reference == "online") != (ref_params is not None):
+            raise ValueError(f"reference is {reference!r}, so ref_params must be {'given' if reference == 'online' else 'None'}")
+        if reference == "adapter" and "lora" not in state.params:
+            raise ValueError("reference is 'adapter', but the policy has no adapters; set model.lora or choose 'online'")
+        return jitted(state, ref_params, batch)
+
+    checked.jitted = jitted  # for reading the compiled program
+    return checked
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...], every parts-th group of prompts together, so that devices keep their rows."""
+    groups = len(batch.packing.slots if batch.packing else batch.prompt_tokens)
+    if groups % parts:
+        raise ValueError(f"{groups} {'packed groups' if batch.packing else 'prompts'} cannot be cut into {parts} microbatches")
+
+    def cut(x: Array) -> Array:
+        rows = x.reshape(groups // parts, parts, len(x) // groups, *x.shape[1:])
+        return jnp.moveaxis(rows, 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)

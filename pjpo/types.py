@@ -1,0 +1,82 @@
+"""The one layout that every method shares: prompts x completions.
+
+Axis letters, here and in every annotation: B prompts, N completions of a prompt, P prompt tokens, T completion tokens,
+D model width, V vocabulary, G groups of prompts that are packed together, M packed tokens of a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+CHOSEN, REJECTED = 0, 1  # places on the N axis when a batch holds pairs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Where the real tokens of a batch lie, so that padding meets no matrix product. Made by `pjpo.packing.pack`.
+
+    The B prompts are cut into G groups of neighbours; indices count within a group. A group's *slots* are its prompts'
+    tokens [B/G, P], then the tokens its completions are predicted from [B/G, N, T] (the prompt's last token, then the
+    completion less its last). Its *places* are M_p packed prompt tokens, then M_c packed completion tokens.
+    """
+
+    slots: Int[Array, "G M"]  # the slot of each place; the number of slots where the place is empty
+    places: Int[Array, "G S"]  # the place of each slot; the number of places where the slot is padding
+    num_prompt_places: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B prompts with N completions each; a pytree of NumPy or JAX arrays. Fields that a method does not use are None.
+
+    Padding is a mask, never a token id. Prompts may be padded on either side, completions on the right.
+    """
+
+    prompt_tokens: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    completion_tokens: Int[Array, "B N T"]  # end-of-sequence token included
+    completion_mask: Bool[Array, "B N T"]
+    loss_mask: Bool[Array, "B N T"]  # what counts in the loss
+    rewards: Float[Array, "B N"] | Float[Array, "B N T"] | None = None
+    advantages: Float[Array, "B N"] | Float[Array, "B N T"] | None = None
+    labels: Array | None = None  # as the method defines
+    old_logps: Float[Array, "B N T"] | None = None
+    ref_logps: Float[Array, "B N T"] | None = None
+    values: Float[Array, "B N T"] | None = None
+    packing: Packing | None = None
+
+    @classmethod
+    def of(cls, *, completion_tokens, completion_mask=None, prompt_tokens=None, prompt_mask=None, **others: Any) -> Batch:
+        """A batch from what is at hand: an empty prompt, full masks and `loss_mask=completion_mask` where left out.
+
+        Raises:
+            ValueError: arrays whose shapes do not fit each other, by name.
+        """
+        if np.ndim(completion_tokens) != 3:
+            raise ValueError(f"completion_tokens must be [B, N, T], got shape {np.shape(completion_tokens)}")
+        if completion_mask is None:
+            completion_mask = np.ones(completion_tokens.shape, bool)
+        if prompt_tokens is None:
+            if prompt_mask is not None:
+                raise ValueError("prompt_mask without prompt_tokens; pass both or neither")
+            prompt_tokens = np.zeros((completion_tokens.shape[0], 0), np.int32)
+        if prompt_mask is None:
+            prompt_mask = np.ones(prompt_tokens.shape, bool)
+        if others.get("loss_mask") is None:
+            others["loss_mask"] = completion_mask
+        tokens = np.shape(completion_tokens)
+        allowed = {name: [tokens] for name in ("completion_mask", "loss_mask", "old_logps", "ref_logps", "values")}
+        allowed |= {name: [tokens, tokens[:2]] for name in ("rewards", "advantages", "labels")}
+        allowed |= {"prompt_tokens": [(tokens[0], *np.shape(prompt_tokens)[1:])], "prompt_mask": [np.shape(prompt_tokens)]}
+        given = {"completion_mask": completion_mask, "prompt_tokens": prompt_tokens, "prompt_mask": prompt_mask, **others}
+        for name, shapes in allowed.items():
+            if given.get(name) is not None and np.shape(given[name]) not in shapes:
+                raise ValueError(f"{name} has shape {np.shape(given[name])}, allowed: {' or '.join(map(str, shapes))}")
+        return cls(completion_tokens=completion_tokens, **given)
