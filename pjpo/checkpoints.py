@@ -256,7 +256,7 @@ class Checkpoints:
         good = next(
             (f"{self.folder / str(s)}" for s in reversed(self.steps()) if not _damage(self.folder / str(s))), None
         )
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        reason = str(error).strip().split("\n")[0].split(" [")[0][-200:] or type(error).__name__  # its end says why
         raise SaveError(
             f"the checkpoint of step {step} could not be saved in {self.folder}; the disk may be full "
             f"({free:.0f} MB free now). Last good checkpoint: {good or 'none'}. Make room and resume the run. "
