@@ -1,6 +1,6 @@
 """What pjpo needs, each stated once with its reason. Nothing here pulls in torch, TensorFlow or transformers."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 CORE = [
     "jax>=0.10",  # arrays, gradients, compilation; 0.10 is the newest line for Python 3.11
@@ -48,7 +48,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["pjpo", "pjpo.*", "experiments"]),
+    packages=find_namespace_packages(include=["pjpo", "pjpo.*", "experiments"]),
     install_requires=CORE,
     extras_require=EXTRAS,
 )

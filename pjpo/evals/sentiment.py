@@ -1,0 +1,155 @@
+"""The controlled-sentiment study: reward, an independent judge and KL on held-out openings. After arXiv:2305.18290.
+
+Used so:
+    evaluation = Config().build(context, data)  # trains the judge, once
+    before = evaluation(ref_params, ref_params)  # before.metrics, before.samples
+    after = evaluation(params, ref_params)  # the same openings with the same keys
+    best_of(before)  # what best-of-n sampling would give: the curve to compare with
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from pjpo import rollouts
+from pjpo.data import reviews
+from pjpo.rewards import vader
+from pjpo.rewards.judge import SHORT, Judge
+from pjpo.sampling import Sampling
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How much to sample. The temperature is 1: the KL is between the distributions that log-probs describe."""
+
+    num_completions: int = 4  # of each held-out opening
+    max_completion_tokens: int = 32
+    batch_size: int = 32  # openings sampled and scored together
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"sentiment: {name} must be >= 1, got {value}")
+
+    def build(self, context, data) -> Evaluation:
+        """Trains the judge on the reviews that are kept for it, in seconds, and says how good it is."""
+        if not data.held_out:
+            raise ValueError("sentiment: the data holds no openings to evaluate on; set its num_held_out to 1 or more")
+        known = [review for review in reviews.read() if review.use == "judge"]
+        judge = Judge.train([review.text for review in known], [review.label for review in known])
+        rates = f"{judge.accuracy:.0%} of held-out reviews, {judge.short_accuracy:.0%} by their first {SHORT} words"
+        context.say(f"judge: right on {rates}")
+        return Evaluation(self, context, [opening.prompt for opening in data.held_out], judge.reward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # for each opening its first completion, readable
+    rewards: dict[str, Float[np.ndarray, "B N"]]  # reward_vader, reward_judge
+
+
+class Evaluation:
+    """Samples, scores, measures. Openings and keys stay the same, so a difference between calls is the policy's."""
+
+    def __init__(self, config: Config, context, prompts: Sequence[np.ndarray], judge: Callable):
+        self.config, self.policy, self.tokenizer = config, context.policy, context.tokenizer
+        self.prompts, self.judge = prompts, judge  # judge: texts to scores
+        self.key = jax.random.fold_in(context.key, zlib.crc32(b"sentiment"))  # the key itself may have sampled the data
+
+    def __call__(self, params, ref_params, *, title: str = "evaluating") -> Result:
+        """Rewards as their scorers give them, KL in nats per completion, lengths in tokens; `_stderr` is over openings.
+
+        `kl` is the mean over samples of the log-ratio of the whole completion, an unbiased estimate of the sequence KL.
+        """
+        sampling = Sampling(
+            num_completions=self.config.num_completions,
+            max_completion_tokens=self.config.max_completion_tokens,
+            stop_tokens=self.tokenizer.stop_ids,
+        )
+        batch = rollouts.rollouts(
+            self.policy, params, self.prompts, self.key, sampling, batch_size=self.config.batch_size, title=title
+        )
+        texts = rollouts.texts(batch, self.tokenizer)
+        flat, shape = list(itertools.chain(*texts)), batch.completion_tokens.shape[:2]
+        rewards = {
+            "reward_vader": vader.reward(flat).reshape(shape),
+            "reward_judge": self.judge(flat).reshape(shape),
+        }
+        logratios = batch.old_logps - self._logps(ref_params, batch)  # [B, N, T], 0 where there is no token
+        metrics = {}
+        for name, values in {**rewards, "kl": logratios.sum(-1)}.items():
+            metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr(values)
+        metrics["distinct_2"] = distinct(batch.completion_tokens, batch.completion_mask)
+        metrics["mean_length"] = float(batch.completion_mask.sum(-1).mean())
+        samples = [
+            {
+                "prompt": self.tokenizer.decode(prompt),
+                "text": text[0],
+                **{name: round(float(values[row, 0]), 3) for name, values in rewards.items()},
+            }
+            for row, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True))
+        ]
+        return Result(metrics, samples, rewards)
+
+    def _logps(self, params, batch: Batch) -> Float[np.ndarray, "B N T"]:
+        """As many rows at a time as were sampled together, the last ones filled up with copies: one shape."""
+        num_rows = len(batch.prompt_tokens)
+        size = min(self.config.batch_size, num_rows)
+        rows = np.arange(-(-num_rows // size) * size).clip(max=num_rows - 1).reshape(-1, size)
+        parts = [self.policy.logps(params, jax.tree.map(lambda x, part=part: x[part], batch)) for part in rows]
+        return np.concatenate(jax.device_get(parts))[:num_rows]
+
+
+def best_of(result: Result, nums: Sequence[int] = (1, 2, 4)) -> dict[str, float]:
+    """Best-of-n by VADER from the samples of `result`, in place of n fresh ones: `best_of/<n>/reward_vader`, ...
+
+    The expectation over all subsets of n of an opening's N samples, by order statistics: the i-th worst is the best of
+    comb(i - 1, n - 1) of them. `kl` is log n - (n - 1)/n, from above. An n beyond N is left out.
+    """
+    order = result.rewards["reward_vader"].argsort(axis=1)
+    num_samples = order.shape[1]
+    metrics = {}
+    for n in (n for n in nums if n <= num_samples):
+        weights = np.array([math.comb(i, n - 1) for i in range(num_samples)]) / math.comb(num_samples, n)
+        for name, rewards in result.rewards.items():
+            metrics[f"best_of/{n}/{name}"] = float((np.take_along_axis(rewards, order, axis=1) @ weights).mean())
+        metrics[f"best_of/{n}/kl"] = math.log(n) - (n - 1) / n
+    return metrics
+
+
+def mean_and_stderr(values: Float[np.ndarray, "B N"]) -> tuple[float, float]:
+    """The mean, and its standard error over rows: samples of one opening are alike, openings are independent."""
+    rows = values.mean(1, dtype=np.float64)
+    return float(rows.mean()), float(rows.std(ddof=1) / math.sqrt(len(rows))) if len(rows) > 1 else math.nan
+
+
+def distinct(tokens: np.ndarray, mask: np.ndarray, n: int = 2) -> float:
+    """Different n-grams of tokens over all n-grams, within completions, pooled over samples; 0 where there are none."""
+    rows = [
+        completion[kept].tolist()
+        for completion, kept in zip(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]), strict=True)
+    ]
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def side_by_side(before: Result, after: Result, num_shown: int = 10) -> str:
+    """The same openings continued by both, with their rewards, for reading."""
+    lines = []
+    for number, (old, new) in enumerate(list(zip(before.samples, after.samples, strict=True))[:num_shown], 1):
+        lines.append(f"{number:2d}. {old['prompt']} ...")
+        for name, row in (("before", old), ("after", new)):
+            scores = f"vader {row['reward_vader']:+.2f}  judge {row['reward_judge']:.2f}"
+            lines.append(f"    {name:6} {scores}  {row['text'].removeprefix(old['prompt'])!r}")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Completions of many prompts, a fixed number of prompts at a time, so that decoding compiles once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from pjpo.sampling import Prompts, Sampling, sequence_keys
+from pjpo.types import Batch
+
+
+def rollouts(policy, params, prompts: Sequence, key, sampling: Sampling, *, batch_size: int, title: str = "") -> Batch:
+    """Samples `sampling.num_completions` completions of each prompt.
+
+    The samples depend on `key` and the prompt's place in `prompts`, not on `batch_size`.
+
+    Args:
+        policy: whose `generate` is called with `params`.
+        prompts: token ids, one array for each prompt.
+        key: a `jax.random.key`.
+        batch_size: prompts decoded together; the last group is filled up with copies that are thrown away.
+        title: of the progress bar; without one there is none.
+
+    Returns:
+        NumPy arrays for all prompts, `old_logps` included.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to complete; got an empty list")
+    batch_size = min(batch_size, len(prompts))
+    filled = [*prompts, *[prompts[-1]] * (-len(prompts) % batch_size)]
+    tokens, mask = pad(filled)
+    keys = sequence_keys(key, len(filled), sampling.num_completions)
+    parts = []
+    with tqdm.tqdm(total=len(prompts), desc=title, unit="prompt", disable=None if title else True) as bar:
+        for start in range(0, len(filled), batch_size):
+            rows = slice(start, start + batch_size)
+            completions = policy.generate(params, Prompts(tokens[rows], mask[rows]), keys[rows], sampling)
+            parts.append(jax.device_get(completions))
+            bar.update(min(batch_size, len(prompts) - start))
+    tokens, mask = tokens[: len(prompts)], mask[: len(prompts)]
+    completion_tokens, completion_mask, logps = (
+        np.concatenate(arrays)[: len(prompts)] for arrays in zip(*parts, strict=True)
+    )
+    return Batch.of(
+        prompt_tokens=tokens,
+        prompt_mask=mask,
+        completion_tokens=completion_tokens,
+        completion_mask=completion_mask,
+        old_logps=logps,
+    )
+
+
+def pad(rows: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of several lengths as [B, P], right-padded, with their mask."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max())[None] < lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask
+
+
+def texts(batch: Batch, tokenizer) -> list[list[str]]:
+    """Prompt and completion of each sequence [B][N] as one text, special tokens left out."""
+    return [
+        [
+            tokenizer.decode([*prompt[seen], *completion[kept]])
+            for completion, kept in zip(completions, masks, strict=True)
+        ]
+        for prompt, seen, completions, masks in zip(
+            batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask, strict=True
+        )
+    ]

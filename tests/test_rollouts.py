@@ -1,0 +1,91 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pjpo import rollouts
+from pjpo.models.decoder import Config
+from pjpo.models.policy import Policy
+from pjpo.sampling import Sampling
+
+POLICY = Policy(
+    Config(
+        vocab_size=32,
+        num_layers=1,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=16,
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        tied_head=True,
+        max_positions=32,
+    )
+)
+PROMPTS = [np.array(prompt, np.int32) for prompt in ([1, 2, 3], [4], [5, 6], [7, 8, 9], [1, 2, 3])]
+SAMPLING = Sampling(num_completions=3, max_completion_tokens=6, stop_tokens=(0, 1, 2, 3))
+
+
+@functools.cache
+def params():
+    return POLICY.init(jax.random.key(0))
+
+
+def sample(prompts=PROMPTS, batch_size=2, key=0):
+    return rollouts.rollouts(POLICY, params(), prompts, jax.random.key(key), SAMPLING, batch_size=batch_size)
+
+
+def test_samples_do_not_depend_on_the_batch_size():
+    batches = [sample(batch_size=size) for size in (2, 64)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *batches)
+    assert batches[0].completion_tokens.shape == (5, 3, 6)
+
+
+def test_samples_differ_between_completions_equal_prompts_and_keys():
+    tokens = sample().completion_tokens
+    assert np.any(tokens[0, 0] != tokens[0, 1])
+    assert np.any(tokens[0] != tokens[4])  # the same prompt in another place
+    assert np.any(tokens != sample(key=1).completion_tokens)
+
+
+def test_decodes_in_one_shape():
+    shapes = []
+
+    class Spy:
+        def generate(self, params, prompts, key, sampling):
+            shapes.append((prompts.tokens.shape, key.shape))
+            return POLICY.generate(params, prompts, key, sampling)
+
+    rollouts.rollouts(Spy(), params(), PROMPTS, jax.random.key(0), SAMPLING, batch_size=2)
+    assert shapes == [((2, 3), (2, 3))] * 3
+
+
+def test_log_probs_are_those_of_teacher_forcing():
+    batch = sample()
+    np.testing.assert_allclose(batch.old_logps, POLICY.logps(params(), batch), atol=1e-5)
+    assert batch.completion_mask.sum() < batch.completion_mask.size  # some have stopped early
+
+
+def test_prompts_keep_their_tokens_and_places():
+    batch = sample()
+    for prompt, tokens, mask in zip(PROMPTS, batch.prompt_tokens, batch.prompt_mask, strict=True):
+        np.testing.assert_array_equal(tokens[mask], prompt)
+
+
+def test_texts_are_prompt_and_completion_without_padding():
+    class Letters:
+        def decode(self, ids):
+            return "".join(chr(97 + i) for i in ids)
+
+    batch = sample()
+    texts = rollouts.texts(batch, Letters())
+    kept = batch.completion_tokens[1, 2][batch.completion_mask[1, 2]]
+    assert texts[1][2] == "e" + "".join(chr(97 + i) for i in kept)
+    assert [len(row) for row in texts] == [3] * 5
+
+
+def test_no_prompts_are_refused():
+    with pytest.raises(ValueError, match="no prompts"):
+        sample([])
