@@ -70,6 +70,10 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
 
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__ |= state
+        self._plain.encode_special_tokens = True  # the switch does not survive pickling
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`; nothing is added before or after it.
 

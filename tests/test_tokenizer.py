@@ -101,7 +101,12 @@ def test_fingerprint_changes_with_anything_that_changes_ids_or_texts(tokenizer):
     prints = [Tokenizer.from_gguf(FIELDS | change).fingerprint for change in variants]
     assert len({tokenizer.fingerprint, *prints}) == 1 + len(variants)
     assert Tokenizer.from_gguf(FIELDS).fingerprint == tokenizer.fingerprint
-    assert pickle.loads(pickle.dumps(tokenizer)).fingerprint == tokenizer.fingerprint
+
+
+def test_a_copy_in_another_process_is_the_same(tokenizer):
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    assert copied.fingerprint == tokenizer.fingerprint
+    assert copied.encode("he<|im_end|>") == tokenizer.encode("he<|im_end|>")
 
 
 @pytest.mark.parametrize("change", [{"tokenizer.ggml.model": "llama"}, {"tokenizer.ggml.pre": "qwen2"}])

@@ -146,7 +146,7 @@ def test_unknown_sources_are_answered_with_what_is_allowed(source, message):
 
 
 def test_unknown_settings_are_answered_with_a_suggestion():
-    with pytest.raises(ValueError, match="unknown model setting 'scan_layer'; did you mean 'scan_layers'.* Known: "):
+    with pytest.raises(ValueError, match=r"unknown model setting 'scan_layer'; did you mean 'scan_layers'.* Known: "):
         load("glassllm-en", scan_layer=True)
 
 

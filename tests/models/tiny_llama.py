@@ -1,4 +1,4 @@
-"""A Llama of a few thousand numbers as Hugging Face lays it out, and its forward pass in NumPy, by HF's own formulas."""
+"""A tiny Llama as Hugging Face lays it out, and its forward pass in NumPy by the formulas of HF's own code."""
 
 import json
 
