@@ -100,6 +100,7 @@ def test_metrics_are_those_of_the_texts_that_were_sampled():
     scores = np.array([vader.reward(group) for group in texts])
     lengths = np.array([[len(text) / 100 for text in group] for group in texts])
     np.testing.assert_allclose(result.rewards["reward_vader"], scores)
+    np.testing.assert_allclose(result.rewards["reward_judge"], lengths)
     np.testing.assert_allclose(result.metrics["reward_vader"], scores.mean(), rtol=1e-6)
     np.testing.assert_allclose(result.metrics["reward_judge"], lengths.mean(), rtol=1e-6)
     np.testing.assert_allclose(result.metrics["reward_judge_stderr"], lengths.mean(1).std(ddof=1) / 5**0.5, rtol=1e-5)
