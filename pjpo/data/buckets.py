@@ -1,0 +1,108 @@
+"""Examples of any length to batches of a few static shapes, since each shape that occurs is a compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from pjpo.data.examples import Example
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The sizes that P and T may have, ascending; a batch takes the smallest that hold it."""
+
+    prompt_tokens: tuple[int, ...]
+    completion_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example], *, num_sizes: int = 3) -> Buckets:
+        """The longest length in `examples`, its half, its quarter, ..., as far as examples are so short.
+
+        Args:
+            examples: all that will be collated, held-out ones too.
+            num_sizes: at most so many for prompts and for completions, thus at most its square of shapes.
+
+        Raises:
+            ValueError: no examples, or no size.
+        """
+        lengths = np.array([lengths_of(example) for example in examples])
+        if lengths.size == 0 or num_sizes < 1:
+            raise ValueError(
+                f"buckets need at least one example and size, got {len(lengths)} and num_sizes {num_sizes}"
+            )
+        return cls(*(_halvings(int(column.min()), int(column.max()), num_sizes) for column in lengths.T))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (P, T) that a batch can have; their number bounds the compilations of one step."""
+        return list(itertools.product(self.prompt_tokens, self.completion_tokens))
+
+    def fit(self, prompt_tokens: int, completion_tokens: int) -> tuple[int, int]:
+        """The smallest (P, T) that holds these lengths.
+
+        Raises:
+            ValueError: no bucket is so long.
+        """
+        fitted = []
+        for what, length, sizes in (
+            ("prompt", prompt_tokens, self.prompt_tokens),
+            ("completion", completion_tokens, self.completion_tokens),
+        ):
+            if length > sizes[-1]:
+                raise ValueError(
+                    f"a {what} of {length} tokens is longer than the largest bucket, {sizes[-1]}; make the buckets "
+                    f"from all examples, or set max_{what}_tokens"
+                )
+            fitted.append(next(size for size in sizes if size >= length))
+        return fitted[0], fitted[1]
+
+
+def lengths_of(example: Example) -> tuple[int, int]:
+    """Tokens of the prompt, and of the longest completion (0 if there is none)."""
+    return len(example.prompt), max(map(len, example.completions), default=0)
+
+
+def collate(examples: Sequence[Example], buckets: Buckets) -> Batch:
+    """One batch, padded on the right to the buckets that hold its longest prompt and completion.
+
+    Raises:
+        ValueError: no examples, examples with different numbers of completions, or one that no bucket holds.
+    """
+    if not examples:
+        raise ValueError("there is nothing to collate: no examples")
+    return pad(examples, buckets.fit(*map(max, zip(*map(lengths_of, examples), strict=True))), len(examples))
+
+
+def pad(examples: Sequence[Example], shape: tuple[int, int], num_rows: int) -> Batch:
+    """NumPy batch of P, T = `shape`; rows beyond the examples are empty: all their masks are False."""
+    (P, T), N = shape, len(examples[0].completions)
+    others = [example for example in examples if len(example.completions) != N]
+    if others:
+        raise ValueError(
+            f"a batch needs one number of completions: {examples[0].id} has {N}, {others[0].id} has "
+            f"{len(others[0].completions)}; do not mix data of different kinds"
+        )
+    prompt_tokens, prompt_mask = np.zeros((num_rows, P), np.int32), np.zeros((num_rows, P), bool)
+    completion_tokens, completion_mask = np.zeros((num_rows, N, T), np.int32), np.zeros((num_rows, N, T), bool)
+    for b, example in enumerate(examples):
+        prompt_tokens[b, : len(example.prompt)] = example.prompt
+        prompt_mask[b, : len(example.prompt)] = True
+        for n, completion in enumerate(example.completions):
+            completion_tokens[b, n, : len(completion)] = completion
+            completion_mask[b, n, : len(completion)] = True
+    return Batch.of(
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
+        completion_tokens=completion_tokens,
+        completion_mask=completion_mask,
+    )
+
+
+def _halvings(shortest: int, longest: int, num_sizes: int) -> tuple[int, ...]:
+    sizes = {-(-longest // 2**halvings) for halvings in range(num_sizes)}
+    return tuple(size for size in sorted(sizes) if size >= shortest)

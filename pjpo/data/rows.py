@@ -1,0 +1,129 @@
+"""Rows in TRL's formats, as a prompt and its completions. Text and chat messages both stay as they are.
+
+- preference: `prompt`, `chosen`, `rejected`; without `prompt`, what the other two share at their start is the prompt.
+- two whole dialogues of the HH data set: the prompt goes up to the last "\n\nAssistant:", which must be shared.
+- supervised: `prompt`, `completion`; or a plain `text`, learned from its second token on.
+- prompt-only: `prompt`.
+
+Every other column passes through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+TURN = "\n\nAssistant:"  # what the last answer of an HH dialogue follows
+
+
+class Skip(Exception):
+    """The row cannot be used; the message is the reason under which it is counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt with its completions: all text, or all lists of chat messages. Plain text has the prompt ''."""
+
+    prompt: str | list
+    completions: tuple
+    columns: dict[str, Any]
+
+
+def preference(row: dict[str, Any]) -> Row:
+    """Completions are (chosen, rejected).
+
+    Raises:
+        ValueError: columns are missing or hold something else than text or messages.
+        Skip: the pair says nothing, or not what its prompt is.
+    """
+    fields = _take(row, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+    prompt, chosen, rejected = fields.get("prompt"), fields["chosen"], fields["rejected"]
+    if chosen == rejected:
+        raise Skip("identical completions")
+    # A text beside two chats is a copy of what they share.
+    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
+        prompt, chosen, rejected = _split_prompt(chosen, rejected)
+    return _checked(row, fields, prompt, chosen, rejected)
+
+
+def supervised(row: dict[str, Any]) -> Row:
+    """One completion. Raises as `preference` does."""
+    fields = _take(row, ("prompt", "completion"), ("text",))
+    if "text" not in fields:
+        return _checked(row, fields, fields["prompt"], fields["completion"])
+    if not isinstance(fields["text"], str):
+        raise ValueError("column 'text' must hold text; chat messages go into 'prompt' and 'completion'")
+    if _is_empty(fields["text"]):
+        raise Skip("empty text")
+    return Row("", (fields["text"],), _others(row, fields))
+
+
+def prompt_only(row: dict[str, Any]) -> Row:
+    """No completions. Raises as `preference` does."""
+    fields = _take(row, ("prompt",))
+    return _checked(row, fields, fields["prompt"])
+
+
+def _take(row: dict[str, Any], *allowed: tuple[str, ...]) -> dict[str, Any]:
+    """The first set of allowed columns that the row has; null is as good as missing."""
+    found = {name: value for name, value in row.items() if value is not None}
+    for names in allowed:
+        if found.keys() >= set(names):
+            fields = {name: found[name] for name in names}
+            break
+    else:
+        choices = "; or ".join(", ".join(names) for names in allowed)
+        raise ValueError(f"columns found: {', '.join(found) or 'none'}; needed: {choices}. Rename or add columns")
+    for name, value in fields.items():
+        if not isinstance(value, str) and not _is_chat(value):
+            raise ValueError(
+                f"column {name!r} must hold text, or chat messages with role and content; got {value!r:.200}"
+            )
+    return fields
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
+    )
+
+
+def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    if all(isinstance(text, str) and TURN in text for text in (chosen, rejected)):
+        ends = [text.rindex(TURN) + len(TURN) for text in (chosen, rejected)]
+        if chosen[: ends[0]] != rejected[: ends[1]]:
+            raise Skip("dialogues whose prompts differ")
+        return chosen[: ends[0]], chosen[ends[0] :], rejected[ends[1] :]
+    shared = shared_length(chosen, rejected)
+    if isinstance(chosen, str) and chosen[:shared].endswith(" "):  # a space belongs to the word after it, as in TRL
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def shared_length(a: Sequence, b: Sequence) -> int:
+    """How many first characters, or messages, are the same in both."""
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return [*same, False].index(False)
+
+
+def _checked(row: dict[str, Any], fields: dict[str, Any], prompt: Any, *completions: Any) -> Row:
+    if len({type(text) for text in (prompt, *completions)}) > 1:
+        kinds = ", ".join(f"{name} {'text' if isinstance(fields[name], str) else 'messages'}" for name in fields)
+        raise ValueError(f"text and chat messages are mixed ({kinds}); give all as text, or all as messages")
+    if _is_empty(prompt):
+        raise Skip("empty prompt")
+    if any(_is_empty(completion) for completion in completions):
+        raise Skip("empty completion")
+    if any(isinstance(chat, list) and [m["role"] for m in chat] != ["assistant"] for chat in completions):
+        raise Skip("completion that is not one message of the assistant")
+    return Row(prompt, completions, _others(row, fields))
+
+
+def _is_empty(text: str | list) -> bool:
+    return not text.strip() if isinstance(text, str) else all(not message["content"].strip() for message in text)
+
+
+def _others(row: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in fields}

@@ -1,0 +1,150 @@
+import gzip
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from pjpo.data.sources import open_source
+from tests.data.fakes import write_rows
+
+TEXT = tfds.features.Text()
+CHAT = tfds.features.Sequence({"role": TEXT, "content": TEXT})
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"Hé {i}?"}, {"role": "assistant", "content": "Yes?"}],
+        "text": f"né {i}",
+        "tags": ["á", "b"],
+        "score": i,
+        "ok": True,
+        "weights": np.array([1.5, 2.5], np.float32),
+    }
+    for i in range(5)
+]
+
+
+class TinyRows(tfds.core.GeneratorBasedBuilder):
+    """Five rows with every kind of column."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "prompt": CHAT,
+            "text": TEXT,
+            "tags": tfds.features.Sequence(TEXT),
+            "score": tfds.features.Scalar(np.int64),
+            "ok": tfds.features.Scalar(np.bool_),
+            "weights": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": enumerate(ROWS), "test": enumerate(ROWS[:2])}
+
+    def _generate_examples(self):
+        raise AssertionError("_split_generators gives the rows")
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyRows(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder / "tiny_rows" / "1.0.0"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_json_lines_are_read_at_random_access(tmp_path, name):
+    path = write_rows(tmp_path / name, [{"text": f"né {i}\u2028"} for i in range(3)])  # U+2028 ends no line
+    source = open_source(path)
+    assert len(source) == 3
+    assert [source[i] for i in (2, 0)] == [{"text": "né 2\u2028"}, {"text": "né 0\u2028"}]
+    assert source.place(2) == f"{name}:3"
+
+
+def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", [{"a": 1}])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_source("~/rows.jsonl")[0] == {"a": 1}  # no shell expands this in --data.path=~/rows.jsonl
+
+
+def test_blank_lines_bom_and_windows_ends_do_not_matter(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}')
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert [source[i] for i in range(len(source))] == [{"a": 1}, {"a": 2}]
+    assert source.place(1) == "rows.jsonl:4"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": "\xff"}', "rows.jsonl:2: the line is not UTF-8.*save the file as UTF-8"),
+        (b'{"a": "\\ud800"}', "rows.jsonl:2: the line is not UTF-8.*surrogates"),
+        (b'{"a": 1', "rows.jsonl:2: the line is not JSON"),
+        (b"[" * 100_000, "rows.jsonl:2: the line is not JSON"),
+        (b"[1, 2]", "rows.jsonl:2: the line holds a list, not an object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n' + line + b"\n")
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert source[0] == {"a": 1}
+    with pytest.raises(ValueError, match=message):
+        source[1]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"text", lambda data: data[:12] + b"\0" * 20])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    (tmp_path / "rows.jsonl.gz").write_bytes(damage(gzip.compress(b'{"a": 1}\n' * 99)))
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz is not a whole gzip file"):
+        open_source(str(tmp_path / "rows.jsonl.gz"))
+
+
+def test_a_missing_file_brings_near_names(tmp_path):
+    write_rows(tmp_path / "pairs_train.jsonl", [])
+    with pytest.raises(FileNotFoundError, match=r"near: pairs_train.jsonl"):
+        open_source(str(tmp_path / "pairs_trian.jsonl"))
+    (tmp_path / "preferences").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"near: preferences"):
+        open_source(str(tmp_path / "preferenecs"))  # a TFDS folder, perhaps
+    with pytest.raises(FileNotFoundError, match=r"is named 'preference'; near: preferences"):
+        open_source(str(tmp_path / "preference" / "pairs.jsonl"))
+
+
+def test_what_is_no_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no data file is given.*--data.path"):
+        open_source("")
+    (tmp_path / "pairs.csv").write_text("chosen,rejected")
+    with pytest.raises(ValueError, match=r"pairs.csv is neither a .jsonl"):
+        open_source(str(tmp_path / "pairs.csv"))
+
+
+def test_tfds_is_read_without_tensorflow(tfds_folder):
+    source = open_source(str(tfds_folder))
+    assert "tensorflow" not in sys.modules
+    assert source.place(3) == "tiny_rows/1.0.0#train:3"
+    rows = sorted((source[i] for i in range(len(source))), key=lambda row: row["score"])
+    assert rows == [row | {"weights": [1.5, 2.5]} for row in ROWS]
+    assert {type(value) for value in rows[0].values()} == {list, str, int, bool}
+
+
+def test_tfds_splits_names_and_misses(tfds_folder, monkeypatch):
+    assert len(open_source(f"{tfds_folder}#test")) == 2
+    assert len(open_source(f"{tfds_folder}#train[:60%]")) == 3
+    with pytest.raises(ValueError, match=r"has no split 'valid', only: (test, train|train, test); choose"):
+        open_source(f"{tfds_folder}#valid")
+    with pytest.raises(ValueError, match=r"no dataset_info.json.*below it are: .*tiny_rows/1.0.0"):
+        open_source(str(tfds_folder.parents[1]))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tfds_folder.parents[1]))
+    assert len(open_source("tfds:tiny_rows:1.0.0#test")) == 2
+    with pytest.raises(FileNotFoundError, match=r"near: .*tiny_rows"):
+        open_source("tfds:tiny_row")
+
+
+def test_tfds_in_another_format_is_refused(tfds_folder, tmp_path):
+    (tmp_path / "tiny_rows" / "1.0.0").mkdir(parents=True)
+    for name in ("dataset_info.json", "features.json"):
+        text = (tfds_folder / name).read_text().replace("array_record", "tfrecord")
+        (tmp_path / "tiny_rows" / "1.0.0" / name).write_text(text)
+    with pytest.raises(ValueError, match=r"not stored as array_record.*prepare it again"):
+        open_source(str(tmp_path / "tiny_rows" / "1.0.0"))
