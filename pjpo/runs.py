@@ -80,7 +80,7 @@ def open(
             f"{path} holds a run of {stored['experiment']!r}, not of {experiment!r}; "
             f"resume it with python -m experiments.{stored['experiment']}, or start a new run"
         )
-    there, here = _flat(stored["config"]), _flat(_plain(config))
+    there, here = flat(stored["config"]), flat(_plain(config))
     different = [
         name for name in sorted(there.keys() | here.keys()) if there.get(name, "absent") != here.get(name, "absent")
     ]
@@ -102,9 +102,12 @@ def open(
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """The writing side of a run. One process writes to it."""
+    """The writing side of a run; stands for its path. One process writes to it."""
 
     path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @property
     def checkpoints(self) -> Path:
@@ -124,7 +127,7 @@ class RunFolder:
         """Adds to the final numbers, or replaces those of the same names."""
         path = self.path / "summary.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        _write(path, json.dumps(known | _plain(numbers), indent=1))
+        write_whole(path, json.dumps(known | _plain(numbers), indent=1))
 
     def rewind(self, step: int) -> None:
         """Forgets metrics and samples after `step`, to go on from the checkpoint of that step."""
@@ -143,7 +146,7 @@ class RunFolder:
 
     def _write_config(self, experiment: str, config: Any) -> None:
         about = {"experiment": experiment, "config": config, **_surroundings()}
-        _write(self.path / "config.json", json.dumps(about, indent=1))
+        write_whole(self.path / "config.json", json.dumps(about, indent=1))
 
     def _append(self, name: str, rows: list[dict]) -> None:
         path = self.path / name
@@ -156,7 +159,7 @@ class RunFolder:
 
     def _forget(self, name: str, after: int | float) -> None:
         if (self.path / name).exists():
-            _write(
+            write_whole(
                 self.path / name, "".join(_line(row) for row in _read_lines(self.path / name) if row["step"] <= after)
             )
 
@@ -279,7 +282,7 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whole or not at all."""
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -307,12 +310,12 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"a run's files hold numbers, texts, lists and dicts; got {value!r} ({type(value).__name__})")
 
 
-def _flat(config: Any, name: str = "") -> dict[str, Any]:
+def flat(config: Any, name: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dotted names."""
-    if not isinstance(config, dict) or not config:
+    if not isinstance(config, dict) or (name and not config):
         return {name: config}
     return {
-        key: leaf for part in config for key, leaf in _flat(config[part], f"{name}.{part}" if name else part).items()
+        key: leaf for part in config for key, leaf in flat(config[part], f"{name}.{part}" if name else part).items()
     }
 
 
@@ -326,7 +329,7 @@ def _surroundings() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    devices = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
+    devices = [device.device_kind for device in jax.devices()]
     return {
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions,

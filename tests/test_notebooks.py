@@ -1,0 +1,51 @@
+"""Every notebook is kept without outputs, and runs from its first cell to its last."""
+
+import base64
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fabricated import make_run
+
+nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
+nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks'")
+pytest.importorskip("ipykernel", reason="needs the extra 'notebooks'")
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def execute(name, monkeypatch, run):
+    """The notebook after its run; it may read `run` and nothing else."""
+    monkeypatch.setenv("PJPO_RUN", str(run))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    return notebook
+
+
+@pytest.mark.filterwarnings("default")  # of Jupyter about itself
+def test_dpo_sentiment_draws_the_run(tmp_path, monkeypatch):
+    notebook = execute("01_dpo_sentiment.ipynb", monkeypatch, make_run(tmp_path, num_steps=20))
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for cell in ("learning", "evaluation", "frontier"):
+        picture = base64.b64decode(outputs[cell][-1]["data"]["image/png"])
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 10_000
+    assert "wonder" in outputs["tokens"][-1]["data"]["text/html"]
+    assert "reward_vader" in outputs["numbers"][0]["text"]
+    assert "wonderful (20)" in outputs["samples"][0]["text"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_dpo_sentiment_says_what_to_do_without_a_run(tmp_path, monkeypatch):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"nowhere is not the folder of a run"):
+        execute("01_dpo_sentiment.ipynb", monkeypatch, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_kept_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
