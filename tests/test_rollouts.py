@@ -81,9 +81,11 @@ def test_texts_are_prompt_and_completion_without_padding():
 
     batch = sample()
     texts = rollouts.texts(batch, Letters())
-    kept = batch.completion_tokens[1, 2][batch.completion_mask[1, 2]]
-    assert texts[1][2] == "e" + "".join(chr(97 + i) for i in kept)
-    assert [len(row) for row in texts] == [3] * 5
+    assert not batch.completion_mask.all()
+    for b, prompt in enumerate(PROMPTS):
+        for n in range(3):
+            kept = batch.completion_tokens[b, n][: batch.completion_mask[b, n].sum()]
+            assert texts[b][n] == "".join(chr(97 + i) for i in [*prompt, *kept])
 
 
 def test_no_prompts_are_refused():
