@@ -54,7 +54,16 @@ class Batches(Iterator[Batch]):
         """
         import grain  # here, because it costs a third of a second
 
-        _check_sizes(len(examples), batch_size, num_epochs, window, shard_index, shard_count)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("num_epochs", num_epochs, 1),
+            ("window", window, 1),
+            ("shard_count", shard_count, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        _check_shares(len(examples), batch_size, shard_index, shard_count)
         self.examples, self.buckets = examples, buckets
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._window = window if shuffle else 1
@@ -135,15 +144,7 @@ def in_order(examples: Sequence[Example], batch_size: int, buckets: Buckets) -> 
         yield pad(rows, buckets.fit(*map(max, zip(*map(lengths_of, rows), strict=True))), batch_size)
 
 
-def _check_sizes(num_examples, batch_size, num_epochs, window, shard_index, shard_count):
-    for name, value in {
-        "batch_size": batch_size,
-        "num_epochs": num_epochs,
-        "window": window,
-        "shard_count": shard_count,
-    }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+def _check_shares(num_examples: int, batch_size: int, shard_index: int, shard_count: int) -> None:
     if not 0 <= shard_index < shard_count:
         raise ValueError(
             f"shard_index must be in 0..{shard_count - 1} as shard_count is {shard_count}, got {shard_index}"

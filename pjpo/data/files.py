@@ -30,10 +30,10 @@ class Prompts:
     read_row: ClassVar[Callable[[dict], Row]]
 
     def __post_init__(self):
-        if self.num_held_out < 0:
-            raise ValueError(f"data: num_held_out must be >= 0, got {self.num_held_out}")
-        if self.num_rows is not None and self.num_rows < 1:
-            raise ValueError(f"data: num_rows must be >= 1 or None, got {self.num_rows}")
+        for name, least in (("num_held_out", 0), ("num_rows", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data: {name} must be >= {least}, got {value}")
         if self.held_out_path and self.num_held_out:
             raise ValueError("data: held_out_path and num_held_out exclude each other; give one of them")
         _ = self.limits  # refuses bad ones

@@ -111,7 +111,8 @@ class TfdsSplit:
             )
         self.name = f"{builder.info.full_name}#{split}"
         try:
-            self._rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]  (a decorator hides its arguments)
+            # tfds wraps this function in a way that hides its arguments from pyright.
+            self._rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
         except NotImplementedError as error:
             raise ValueError(
                 f"{location} is not stored as array_record, which is what can be read at random access; "

@@ -53,8 +53,9 @@ def test_without_an_end_batches_go_on():
     assert len(list(itertools.islice(make(make_examples(5)), 20))) == 20
 
 
-def test_the_seed_decides_the_order():
-    orders = [places(make(make_examples(40), seed=seed, num_epochs=1)) for seed in (0, 0, 1)]
+@pytest.mark.parametrize("window", [1, 32])
+def test_the_seed_decides_the_order(window):
+    orders = [places(make(make_examples(40), seed=seed, num_epochs=1, window=window)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -70,6 +71,8 @@ def test_windows_bring_similar_lengths_together():
         return sum(b.prompt_mask.size + b.completion_mask.size for b in make(examples, num_epochs=1, window=window))
 
     assert real < computed(32) < 0.8 * computed(1)
+    widths = [batch.completion_tokens.shape[2] for batch in itertools.islice(make(examples), 32)]
+    assert widths != sorted(widths)  # and the batches of a window come in any order
 
 
 @settings(max_examples=20, deadline=None)
@@ -152,6 +155,7 @@ def test_evaluation_sees_every_example_once_and_fills_up_with_nothing():
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"batch_size": 17}, "batch_size 17 is larger than the 16 examples; use 16 or less"),
         ({"num_epochs": 0}, "num_epochs must be >= 1, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"batch_size": 12, "shard_count": 8}, "batch_size 12 is not divisible by shard_count 8; use 8 or 16"),
         ({"batch_size": 4, "shard_count": 8}, "batch_size 4 is not divisible by shard_count 8; use 8$"),

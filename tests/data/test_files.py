@@ -122,7 +122,8 @@ def test_held_out_rows_can_have_a_file_of_their_own(tmp_path):
     ("settings", "message"),
     [
         ({"num_held_out": -1}, "num_held_out must be >= 0, got -1"),
-        ({"num_rows": 0}, "num_rows must be >= 1 or None, got 0"),
+        ({"num_rows": 0}, "num_rows must be >= 1, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be >= 1 or None, got 0"),
         ({"max_completion_tokens": 0}, "max_completion_tokens must be >= 1 or None, got 0"),
         ({"cut_prompt": "middle"}, "cut_prompt must be one of never, start, end, got 'middle'"),
