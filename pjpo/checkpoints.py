@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 FILES = "files.json"  # inside a checkpoint: {path: [bytes, crc32]}
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
@@ -58,8 +59,11 @@ class Checkpoints:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         self.folder = Path(folder).absolute()
-        self.keep_best_by, self.keep_last, self.say = keep_best_by, keep_last, say
-        self._manager = None  # Orbax's, made at the first save: importing it takes a second, and it tidies the folder
+        self.keep_last, self.say = keep_last, say
+        self._metric, self._mode = keep_best_by or (None, "max")
+        self._manager: Any = (
+            None  # Orbax's, made at the first save: importing it takes a second, and it tidies the folder
+        )
         self._saving: int | None = None  # the step that is being written in the background
         self._damaged: set[int] = set()  # the steps that `restore` passed over
 
@@ -72,12 +76,12 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step of the checkpoint that is best by `keep_best_by`; None if none was saved with that metric."""
         scores = {}
-        for step in self.steps() if self.keep_best_by else ():
+        for step in self.steps():
             path = self.folder / str(step) / "metrics" / "metrics"
             metrics = json.loads(path.read_text()) if path.exists() else {}
-            if self.keep_best_by[0] in metrics:
+            if self._metric in metrics:
                 scores[step] = self._score(metrics)
-        return max(scores, key=scores.get, default=None)
+        return max(scores, key=lambda step: scores[step], default=None)
 
     def save(self, step: int, state: Any, extra: dict[str, Any] | None = None, metrics: dict | None = None) -> None:
         """Begins to save; training may go on at once, and may donate `state`. A step that is saved already is left.
@@ -108,8 +112,7 @@ class Checkpoints:
         }
         about = json.loads(json.dumps(about))  # refuses what is not JSON here and now, and is a copy
         arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()}
-        kept = self.keep_best_by and self.keep_best_by[0] in (metrics or {})
-        score = {self.keep_best_by[0]: float(metrics[self.keep_best_by[0]])} if kept else None
+        score = {self._metric: float(metrics[self._metric])} if metrics and self._metric in metrics else None
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
         self._saving = step
         try:
@@ -221,11 +224,11 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_not_from_orbax)
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(self.keep_last)]
-        if self.keep_best_by:
+        if self._metric:
             keep.append(policies.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=self._score if self.keep_best_by else None,  # else Orbax stores no metrics
+            best_fn=self._score if self._metric else None,  # else Orbax stores no metrics
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._list_files,
@@ -234,11 +237,10 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
-    def _score(self, metrics: dict[str, float] | None) -> float:
+    def _score(self, metrics: dict[Any, float] | None) -> float:
         """Higher is better."""
-        name, mode = self.keep_best_by
-        value = (metrics or {}).get(name, math.nan)
-        return -math.inf if math.isnan(value) else value if mode == "max" else -value
+        value = (metrics or {}).get(self._metric, math.nan)
+        return -math.inf if math.isnan(value) else value if self._mode == "max" else -value
 
     def _list_files(self) -> None:
         """Writes the list of files into the finished temporary folder, just before Orbax renames it."""
@@ -278,7 +280,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _spec(leaf: Any) -> str:

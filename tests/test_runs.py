@@ -224,6 +224,15 @@ for step in range(1_000_000):
     assert run.summary["eval/kl"] in (len(steps) - 1, len(steps) - 2)
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
+    folder.summary({"eval/kl": 1.0})
+    before = (folder.path / "summary.json").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGINT))  # stopped just before the end
+    with pytest.raises(KeyboardInterrupt):
+        folder.summary({"eval/kl": 2.0})
+    assert (folder.path / "summary.json").read_bytes() == before
+
+
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
 def test_a_full_disk_is_named(folder):
     (folder.path / "metrics.jsonl").symlink_to("/dev/full")
