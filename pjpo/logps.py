@@ -50,7 +50,7 @@ def _forward(hidden, table, targets, block_numbers):
     def block(states, targets):
         logits = dot(states, head, (2,), (1,))
         total = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.where(_is_target(logits, targets), logits, 0).sum(-1) - total, total
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - total, total
 
     logps, totals = _map_blocks(block, (hidden, targets), _num_blocks(hidden, table, block_numbers))
     return logps, (hidden, table, targets, totals)
@@ -64,7 +64,8 @@ def _backward(block_numbers, residuals, cotangents):
         states, targets, totals, cotangents = xs
         logits = dot(states, head, (2,), (1,))
         probabilities = jnp.exp(logits - totals[..., None])
-        dlogits = cotangents[..., None] * (_is_target(logits, targets) - probabilities)
+        is_target = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+        dlogits = cotangents[..., None] * (is_target - probabilities)
         dlogits = dlogits.astype(hidden.dtype)
         dstates = dot(dlogits, head, (2,), (0,)).astype(hidden.dtype)
         return dtable + contract_rows(dlogits, states), dstates
@@ -76,11 +77,6 @@ def _backward(block_numbers, residuals, cotangents):
 
 
 token_logps.defvjp(_forward, _backward)
-
-
-def _is_target(logits: Array, targets: Array) -> Array:
-    # A comparison, not a gather: it fuses with the softmax and follows the logits wherever the vocabulary is sharded.
-    return lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
 def _num_blocks(hidden: Array, table: Array, block_numbers: int) -> int:

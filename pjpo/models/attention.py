@@ -16,28 +16,39 @@ from pjpo.models.streams import Streams
 MASKED = -1e30  # a score that is finite, so that a row with nothing to look at is harmless
 
 
-def rotate(x: Float[Array, "*rows K Q H"], positions: Int[Array, "*rows"], theta: float) -> Float[Array, "*rows K Q H"]:
-    """Rotary position embedding on half-split pairs (i, i + H/2), computed in float32. Su et al. 2021, Eq. 34."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None, None].astype(jnp.float32) * jnp.expand_dims(frequencies, range(positions.ndim + 2))
+def rotary(positions: Int[Array, "G M"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and signed sines [G, M, 1, 1, 2, H/2] that turn the two halves of a head, float32. Su et al. 2021, Eq. 34."""
+    frequencies = theta ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) / (head_dim // 2))
+    angles = (positions[:, :, None].astype(jnp.float32) * frequencies[None, None])[:, :, None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([cos, cos], axis=-2), jnp.concatenate([-sin, sin], axis=-2)
+
+
+def rotate(qkv: Float[Array, "G M K R H"], turns: tuple[Array, Array]) -> Float[Array, "G M K R H"]:
+    """Turn the pairs (i, i + H/2) of queries and keys by their angles, in float32; values stay as they are.
+
+    Written without slices and concatenations, which a CPU would not vectorise.
+    """
+    cos, sin = turns
+    halves = qkv.reshape(*qkv.shape[:-1], 2, -1)
+    wide = halves.astype(jnp.promote_types(qkv.dtype, jnp.float32))
+    turned = (wide * cos + jnp.flip(wide, axis=-2) * sin).astype(qkv.dtype)
+    is_value = jnp.arange(qkv.shape[3]).reshape(1, 1, 1, -1, 1, 1) == qkv.shape[3] - 1
+    return jnp.where(is_value, halves, turned).reshape(qkv.shape)
 
 
 def shared_prefix(streams: Streams, qkv: Float[Array, "G M K Q+2 H"], cache: None) -> tuple[Float[Array, "G M K Q H"], None]:
     """Prompts attend to themselves, each completion to its prompt and itself, causally; for training and scoring."""
     prompts, completions = streams.split(streams.to_slots(qkv))
     prompts = prompts.transpose(0, 2, 3, 1, 4)  # [B, K, Q+2, P, H]
-    completions = completions.transpose(0, 3, 4, 1, 2, 5)  # [B, K, Q+2, N, T, H]
+    completions = completions.transpose(0, 3, 1, 4, 2, 5)  # [B, K, N, Q+2, T, H]
     prompt_q, prompt_k, prompt_v = _queries_keys_values(prompts)
     q, k, v = _queries_keys_values(completions)
     among_prompts = streams.prompt_keys[:, None, None, None, :] & _causal(prompt_k.shape[2])
     prompt_out = _attend(prompt_q, [(prompt_k, prompt_v, "bksh", among_prompts)])
     visible = streams.prompt_keys[:, None, None, None, None, :]
     out = _attend(q, [(prompt_k, prompt_v, "bksh", visible), (k, v, "bknsh", _causal(k.shape[3])[None])])
-    out = streams.join(prompt_out.transpose(0, 3, 1, 2, 4), out.transpose(0, 3, 4, 1, 2, 5))
+    out = streams.join(prompt_out.transpose(0, 3, 1, 2, 4), out.transpose(0, 2, 4, 1, 3, 5))
     return streams.to_places(out), None
 
 
@@ -58,18 +69,19 @@ def decode(
     The cache is the prompts' keys and values [B, K, P, H], then the completions' [B, K, N, T, H].
     """
     prompt_k, prompt_v, keys, values = cache
-    q, k, v = _queries_keys_values(qkv.transpose(0, 2, 3, 1, 4)[:, :, :, :, None])  # [B, K, (Q,) N, 1, H]
+    q, k, v = _queries_keys_values(qkv.transpose(0, 2, 1, 3, 4)[..., None, :])  # [B, K, N, (Q,) 1, H]
     keys = lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), step, axis=3)
     values = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), step, axis=3)
     visible = prompt_keys[:, None, None, None, None, :]
     so_far = jnp.expand_dims(jnp.arange(keys.shape[3]) <= step, range(5))
     out = _attend(q, [(prompt_k, prompt_v, "bksh", visible), (keys, values, "bknsh", so_far)])
-    return out[:, :, :, :, 0].transpose(0, 3, 1, 2, 4), (prompt_k, prompt_v, keys, values)
+    return out[..., 0, :].transpose(0, 2, 1, 3, 4), (prompt_k, prompt_v, keys, values)
 
 
 def _queries_keys_values(heads: Array) -> tuple[Array, Array, Array]:
-    q = heads[:, :, :-2]
-    return q * q.shape[-1] ** -0.5, heads[:, :, -2], heads[:, :, -1]
+    """[..., Q+2, T, H] -> scaled queries [..., Q, T, H], keys and values [..., T, H]."""
+    q, k, v = jnp.split(heads, [heads.shape[-3] - 2, heads.shape[-3] - 1], axis=-3)
+    return q * q.shape[-1] ** -0.5, k.squeeze(-3), v.squeeze(-3)
 
 
 def _causal(length: int) -> Array:
@@ -78,8 +90,8 @@ def _causal(length: int) -> Array:
 
 
 def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]]) -> Array:
-    """Queries [B, K, Q, (N,) T, H] over the union of several sources of (keys, values, their axes, which are visible)."""
-    axes = "bkqth" if q.ndim == 5 else "bkqnth"
+    """Queries [B, K, (N,) Q, T, H] over the union of several sources of (keys, values, their axes, which are visible)."""
+    axes = "bkqth" if q.ndim == 5 else "bknqth"
     weights, peak = [], None
     for keys, _, source, visible in sources:
         product = jnp.einsum(f"{axes},{source}->{axes[:-1]}s", q, keys, precision=_precision(q), preferred_element_type=_wide(q))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pjpo.models import lora
-from pjpo.models.attention import rotate
+from pjpo.models.attention import rotary, rotate
 from pjpo.products import product
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
@@ -37,11 +37,11 @@ AXES = {
     ("up_adapter", "a"): ("embed", "rank"),
     ("down_adapter", "a"): ("mlp", "rank"),
     ("q_adapter", "b"): ("rank", "kv_heads", "heads_of_kv", "head_dim"),
-    ("k_adapter", "b"): ("rank", "kv_heads", "head_dim"),
-    ("v_adapter", "b"): ("rank", "kv_heads", "head_dim"),
+    ("k_adapter", "b"): ("rank", "kv_heads", "heads_of_kv", "head_dim"),
+    ("v_adapter", "b"): ("rank", "kv_heads", "heads_of_kv", "head_dim"),
     ("o_adapter", "b"): ("rank", "embed"),
-    ("gate_adapter", "b"): ("rank", "mlp"),
-    ("up_adapter", "b"): ("rank", "mlp"),
+    ("gate_adapter", "b"): ("rank", "gate_and_up", "mlp"),
+    ("up_adapter", "b"): ("rank", "gate_and_up", "mlp"),
     ("down_adapter", "b"): ("rank", "embed"),
 }
 
@@ -125,31 +125,50 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "G M D"], positions: Int[Array, "G M"], attend: Callable, cache: Any):
+    def __call__(self, x: Float[Array, "G M D"], turns: tuple[Array, Array], attend: Callable, cache: Any):
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
         k, q, h = c.num_kv_heads, c.heads_of_kv, c.head_dim
 
-        def adapter(projection: str, x: Array, *out: int) -> Array | float:
+        def adapter(projection: str, x: Array, *out: int) -> Array | None:
             if c.lora is None or projection not in c.lora.targets:
-                return 0.0
+                return None
             return lora.Adapter(c.lora, out, dtype, name=f"{projection}_adapter")(x)
 
         normed = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
         qkv = Kernel((c.model_dim, k, q + 2, h), 1, dtype, name="qkv")(normed)
-        queries = qkv[..., :q, :] + adapter("q", normed, k, q, h)
-        keys = qkv[..., q, :] + adapter("k", normed, k, h)
-        values = qkv[..., q + 1, :] + adapter("v", normed, k, h)
-        turned = rotate(jnp.concatenate([queries, keys[..., None, :]], axis=-2), positions, c.rope_theta)
-        attended, cache = attend(jnp.concatenate([turned, values[..., None, :]], axis=-2), cache)
+        queries, key, value = adapter("q", normed, k, q, h), adapter("k", normed, k, 1, h), adapter("v", normed, k, 1, h)
+        qkv = _add_parts(qkv, [(queries, q), (key, 1), (value, 1)])
+        attended, cache = attend(rotate(qkv, turns), cache)
         flat = attended.reshape(*attended.shape[:-3], -1)
-        x = x + Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended) + adapter("o", flat, c.model_dim)
+        x = x + Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended)
+        x = _add(x, adapter("o", flat, c.model_dim))
 
         normed = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         gate_up = Kernel((c.model_dim, 2, c.mlp_dim), 1, dtype, name="gate_up")(normed)
-        gate = gate_up[..., 0, :] + adapter("gate", normed, c.mlp_dim)
-        hidden = nn.silu(gate) * (gate_up[..., 1, :] + adapter("up", normed, c.mlp_dim))
-        return x + Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden) + adapter("down", hidden, c.model_dim), cache
+        gate_up = _add_parts(gate_up, [(adapter("gate", normed, 1, c.mlp_dim), 1), (adapter("up", normed, 1, c.mlp_dim), 1)])
+        hidden = swiglu(gate_up)
+        x = x + Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden)
+        return _add(x, adapter("down", hidden, c.model_dim)), cache
+
+
+def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
+    """silu(gate) * up, in float32. Shazeer 2020, arXiv:2002.05202, Eq. 6."""
+    wide = gate_up.astype(jnp.promote_types(gate_up.dtype, jnp.float32))
+    gate, up = jnp.split(wide, 2, axis=-2)  # not indexing: the gradient of a split is one concatenation
+    return (nn.silu(gate) * up).reshape(*gate_up.shape[:-2], -1).astype(gate_up.dtype)
+
+
+def _add(x: Array, update: Array | None) -> Array:
+    return x if update is None else x + update
+
+
+def _add_parts(x: Array, parts: list[tuple[Array | None, int]]) -> Array:
+    """Add each update to its part of axis -2, given as (update or None, width of the part)."""
+    if all(update is None for update, _ in parts):
+        return x
+    blank = [jnp.zeros((*x.shape[:-2], width, x.shape[-1]), x.dtype) if u is None else u for u, width in parts]
+    return x + jnp.concatenate(blank, axis=-2)
 
 
 class Decoder(nn.Module):
@@ -163,6 +182,7 @@ class Decoder(nn.Module):
         c = self.config
         embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
         x = embed()[tokens].astype(c.dtype)
+        turns = rotary(positions, c.head_dim, c.rope_theta)
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
             layers = nn.scan(
@@ -172,11 +192,11 @@ class Decoder(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=c.num_layers,
             )
-            x, caches = layers(c, name="layers")(x, positions, attend, caches)
+            x, caches = layers(c, name="layers")(x, turns, attend, caches)
         else:
             each = []
             for i in range(c.num_layers):
-                x, cache = block(c, name=f"layers_{i}")(x, positions, attend, None if caches is None else caches[i])
+                x, cache = block(c, name=f"layers_{i}")(x, turns, attend, None if caches is None else caches[i])
                 each.append(cache)
             caches = tuple(each)
         if not c.tied_head:

@@ -33,16 +33,16 @@ class Config:
 
 
 class Adapter(nn.Module):
-    """x [..., *D] -> the update [..., *out]; zero where the parameters passed in hold no adapters."""
+    """x [..., D] -> the update [..., *out]; None where the parameters passed in hold no adapters."""
 
     config: Config
     out: tuple[int, ...]
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array | float:
+    def __call__(self, x: Array) -> Array | None:
         if not self.is_initializing() and not self.has_variable("lora", "a"):
-            return 0.0
+            return None
 
         def draw():
             return nn.initializers.he_uniform()(self.make_rng("params"), (x.shape[-1], self.config.rank), self.param_dtype)
