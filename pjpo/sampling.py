@@ -74,7 +74,9 @@ def generate(policy, params: dict, prompts: Prompts, key: Array, sampling: Sampl
     if tokens.shape != mask.shape or tokens.ndim != 2:
         raise ValueError(f"prompts must be tokens and mask of one shape [B, P], got {tokens.shape} and {mask.shape}")
     if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask).any(1).all():
-        raise ValueError(f"prompt {int(np.argmin(np.asarray(mask).any(1)))} is empty; generation needs a token to start from")
+        raise ValueError(
+            f"prompt {int(np.argmin(np.asarray(mask).any(1)))} is empty; generation needs a token to start from"
+        )
     length = tokens.shape[1] + sampling.max_completion_tokens
     if length > policy.config.max_positions:
         raise ValueError(
@@ -86,7 +88,9 @@ def generate(policy, params: dict, prompts: Prompts, key: Array, sampling: Sampl
         raise ValueError(f"sampling: stop_tokens {beyond} are outside the vocabulary of {policy.config.vocab_size}")
     keys = sequence_keys(key, len(tokens), sampling.num_completions) if key.ndim == 0 else key
     if keys.shape != (len(tokens), sampling.num_completions):
-        raise ValueError(f"key must be one key or keys [B, N] = {(len(tokens), sampling.num_completions)}, got {keys.shape}")
+        raise ValueError(
+            f"key must be one key or keys [B, N] = {(len(tokens), sampling.num_completions)}, got {keys.shape}"
+        )
     return _generate(policy.config, sampling, params, Prompts(jnp.asarray(tokens), jnp.asarray(mask)), keys)
 
 

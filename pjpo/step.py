@@ -57,7 +57,9 @@ def reference_logps(policy, reference: Reference, params: dict, ref_params: dict
         return None
     if reference == "stored":
         return batch.ref_logps
-    return jax.lax.stop_gradient(policy.logps(policy.without_adapters(params) if reference == "adapter" else ref_params, batch))
+    return jax.lax.stop_gradient(
+        policy.logps(policy.without_adapters(params) if reference == "adapter" else ref_params, batch)
+    )
 
 
 def make_update(
@@ -126,9 +128,13 @@ def make_update(
         if reference == "stored" and batch.ref_logps is None:
             raise ValueError("reference is 'stored', but the batch holds no ref_logps; attach them or choose 'online'")
         if (reference == "online") != (ref_params is not None):
-            raise ValueError(f"reference is {reference!r}, so ref_params must be {'given' if reference == 'online' else 'None'}")
+            raise ValueError(
+                f"reference is {reference!r}, so ref_params must be {'given' if reference == 'online' else 'None'}"
+            )
         if reference == "adapter" and "lora" not in state.params:
-            raise ValueError("reference is 'adapter', but the policy has no adapters; set model.lora or choose 'online'")
+            raise ValueError(
+                "reference is 'adapter', but the policy has no adapters; set model.lora or choose 'online'"
+            )
         return jitted(state, ref_params, batch)
 
     checked.jitted = jitted  # for reading the compiled program
@@ -139,7 +145,9 @@ def _split(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B/parts, ...], every parts-th group of prompts together, so that devices keep their rows."""
     groups = len(batch.packing.slots if batch.packing else batch.prompt_tokens)
     if groups % parts:
-        raise ValueError(f"{groups} {'packed groups' if batch.packing else 'prompts'} cannot be cut into {parts} microbatches")
+        raise ValueError(
+            f"{groups} {'packed groups' if batch.packing else 'prompts'} cannot be cut into {parts} microbatches"
+        )
 
     def cut(x: Array) -> Array:
         rows = x.reshape(groups // parts, parts, len(x) // groups, *x.shape[1:])

@@ -53,7 +53,9 @@ class Batch:
     packing: Packing | None = None
 
     @classmethod
-    def of(cls, *, completion_tokens, completion_mask=None, prompt_tokens=None, prompt_mask=None, **others: Any) -> Batch:
+    def of(
+        cls, *, completion_tokens, completion_mask=None, prompt_tokens=None, prompt_mask=None, **others: Any
+    ) -> Batch:
         """A batch from what is at hand: an empty prompt, full masks and `loss_mask=completion_mask` where left out.
 
         Raises:
@@ -74,8 +76,16 @@ class Batch:
         tokens = np.shape(completion_tokens)
         allowed = {name: [tokens] for name in ("completion_mask", "loss_mask", "old_logps", "ref_logps", "values")}
         allowed |= {name: [tokens, tokens[:2]] for name in ("rewards", "advantages", "labels")}
-        allowed |= {"prompt_tokens": [(tokens[0], *np.shape(prompt_tokens)[1:])], "prompt_mask": [np.shape(prompt_tokens)]}
-        given = {"completion_mask": completion_mask, "prompt_tokens": prompt_tokens, "prompt_mask": prompt_mask, **others}
+        allowed |= {
+            "prompt_tokens": [(tokens[0], *np.shape(prompt_tokens)[1:])],
+            "prompt_mask": [np.shape(prompt_tokens)],
+        }
+        given = {
+            "completion_mask": completion_mask,
+            "prompt_tokens": prompt_tokens,
+            "prompt_mask": prompt_mask,
+            **others,
+        }
         for name, shapes in allowed.items():
             if given.get(name) is not None and np.shape(given[name]) not in shapes:
                 raise ValueError(f"{name} has shape {np.shape(given[name])}, allowed: {' or '.join(map(str, shapes))}")

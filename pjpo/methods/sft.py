@@ -17,9 +17,7 @@ class Config:
     """Nothing to set."""
 
 
-def loss(
-    config: Config, batch: Batch, logps: Float[Array, "B N T"], ref_logps: None
-) -> tuple[Mean, dict[str, Mean]]:
+def loss(config: Config, batch: Batch, logps: Float[Array, "B N T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:
     """Negative log-likelihood of the tokens that count.
 
     Args:

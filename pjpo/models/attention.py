@@ -1,6 +1,6 @@
 """Attention over a shared prompt: one softmax over the prompt's keys and the completion's own.
 
-Letters: K key/value heads, Q query heads for each of them, H numbers a head. A projection `qkv` is [.., K, Q+2, H]: per
+Letters: K key/value heads, Q query heads for each of them, H numbers a head. A projection `qkv` is [.., K, R, H] with R = Q + 2: per
 key/value head its query heads, its key, its value. Scores and softmax are float32 whatever the compute dtype.
 """
 
@@ -24,10 +24,11 @@ def rotary(positions: Int[Array, "G M"], head_dim: int, theta: float) -> tuple[A
     return jnp.concatenate([cos, cos], axis=-2), jnp.concatenate([-sin, sin], axis=-2)
 
 
+@jax.custom_vjp
 def rotate(qkv: Float[Array, "G M K R H"], turns: tuple[Array, Array]) -> Float[Array, "G M K R H"]:
     """Turn the pairs (i, i + H/2) of queries and keys by their angles, in float32; values stay as they are.
 
-    Written without slices and concatenations, which a CPU would not vectorise.
+    Written without slices and concatenations, which a CPU would not vectorise; the gradient turns back.
     """
     cos, sin = turns
     halves = qkv.reshape(*qkv.shape[:-1], 2, -1)
@@ -37,7 +38,18 @@ def rotate(qkv: Float[Array, "G M K R H"], turns: tuple[Array, Array]) -> Float[
     return jnp.where(is_value, halves, turned).reshape(qkv.shape)
 
 
-def shared_prefix(streams: Streams, qkv: Float[Array, "G M K Q+2 H"], cache: None) -> tuple[Float[Array, "G M K Q H"], None]:
+def _rotate_back(turns, cotangent):
+    cos, sin = turns
+    # The barrier keeps the joining of prompts and completions out of this loop, which reads every number twice.
+    return rotate(lax.optimization_barrier(cotangent), (cos, -sin)), None
+
+
+rotate.defvjp(lambda qkv, turns: (rotate(qkv, turns), turns), _rotate_back)
+
+
+def shared_prefix(
+    streams: Streams, qkv: Float[Array, "G M K R H"], cache: None
+) -> tuple[Float[Array, "G M K Q H"], None]:
     """Prompts attend to themselves, each completion to its prompt and itself, causally; for training and scoring."""
     prompts, completions = streams.split(streams.to_slots(qkv))
     prompts = prompts.transpose(0, 2, 3, 1, 4)  # [B, K, Q+2, P, H]
@@ -53,7 +65,7 @@ def shared_prefix(streams: Streams, qkv: Float[Array, "G M K Q+2 H"], cache: Non
 
 
 def prefill(
-    prompt_mask: Bool[Array, "B P"], qkv: Float[Array, "B P K Q+2 H"], cache: None
+    prompt_mask: Bool[Array, "B P"], qkv: Float[Array, "B P K R H"], cache: None
 ) -> tuple[Float[Array, "B P K Q H"], tuple[Array, Array]]:
     """Prompts attend to themselves; their keys and values [B, K, P, H] come back as the cache."""
     q, k, v = _queries_keys_values(qkv.transpose(0, 2, 3, 1, 4))
@@ -62,7 +74,7 @@ def prefill(
 
 
 def decode(
-    prompt_keys: Bool[Array, "B P"], step: Int[Array, ""], qkv: Float[Array, "B N K Q+2 H"], cache: tuple[Array, ...]
+    prompt_keys: Bool[Array, "B P"], step: Int[Array, ""], qkv: Float[Array, "B N K R H"], cache: tuple[Array, ...]
 ) -> tuple[Float[Array, "B N K Q H"], tuple[Array, ...]]:
     """Token `step` of every completion attends to its prompt and to the completion so far.
 
@@ -94,7 +106,9 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]]) -> Array:
     axes = "bkqth" if q.ndim == 5 else "bknqth"
     weights, peak = [], None
     for keys, _, source, visible in sources:
-        product = jnp.einsum(f"{axes},{source}->{axes[:-1]}s", q, keys, precision=_precision(q), preferred_element_type=_wide(q))
+        product = jnp.einsum(
+            f"{axes},{source}->{axes[:-1]}s", q, keys, precision=_precision(q), preferred_element_type=_wide(q)
+        )
         product = jnp.where(visible, product, MASKED)
         weights.append(product)
         highest = product.max(-1, keepdims=True)
@@ -103,7 +117,13 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]]) -> Array:
     weights = [jnp.exp(product - peak) for product in weights]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = sum(
-        jnp.einsum(f"{axes[:-1]}s,{source}->{axes}", w.astype(q.dtype), v, precision=_precision(q), preferred_element_type=_wide(q))
+        jnp.einsum(
+            f"{axes[:-1]}s,{source}->{axes}",
+            w.astype(q.dtype),
+            v,
+            precision=_precision(q),
+            preferred_element_type=_wide(q),
+        )
         for w, (_, v, source, _) in zip(weights, sources, strict=True)
     )
     return (out / total).astype(q.dtype)

@@ -137,7 +137,11 @@ class Block(nn.Module):
 
         normed = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
         qkv = Kernel((c.model_dim, k, q + 2, h), 1, dtype, name="qkv")(normed)
-        queries, key, value = adapter("q", normed, k, q, h), adapter("k", normed, k, 1, h), adapter("v", normed, k, 1, h)
+        queries, key, value = (
+            adapter("q", normed, k, q, h),
+            adapter("k", normed, k, 1, h),
+            adapter("v", normed, k, 1, h),
+        )
         qkv = _add_parts(qkv, [(queries, q), (key, 1), (value, 1)])
         attended, cache = attend(rotate(qkv, turns), cache)
         flat = attended.reshape(*attended.shape[:-3], -1)
@@ -146,7 +150,9 @@ class Block(nn.Module):
 
         normed = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         gate_up = Kernel((c.model_dim, 2, c.mlp_dim), 1, dtype, name="gate_up")(normed)
-        gate_up = _add_parts(gate_up, [(adapter("gate", normed, 1, c.mlp_dim), 1), (adapter("up", normed, 1, c.mlp_dim), 1)])
+        gate_up = _add_parts(
+            gate_up, [(adapter("gate", normed, 1, c.mlp_dim), 1), (adapter("up", normed, 1, c.mlp_dim), 1)]
+        )
         hidden = swiglu(gate_up)
         x = x + Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden)
         return _add(x, adapter("down", hidden, c.model_dim)), cache

@@ -45,7 +45,9 @@ class Adapter(nn.Module):
             return None
 
         def draw():
-            return nn.initializers.he_uniform()(self.make_rng("params"), (x.shape[-1], self.config.rank), self.param_dtype)
+            return nn.initializers.he_uniform()(
+                self.make_rng("params"), (x.shape[-1], self.config.rank), self.param_dtype
+            )
 
         a = self.variable("lora", "a", draw)
         b = self.variable("lora", "b", jnp.zeros, (self.config.rank, *self.out), self.param_dtype)
