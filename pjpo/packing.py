@@ -26,8 +26,8 @@ def pack(batch: Batch, *, num_groups: int = 1, prompt_step: int = 256, completio
     in_group = (num_groups, -1)
     prompt_slots = prompt_keys(batch.prompt_mask).reshape(in_group)
     completion_slots = np.asarray(batch.completion_mask).reshape(in_group)
-    prompt_places = _round_up(prompt_slots.sum(1).max(), prompt_step, prompt_slots.shape[1])
-    completion_places = _round_up(completion_slots.sum(1).max(), completion_step, completion_slots.shape[1])
+    prompt_places = _round_up(int(prompt_slots.sum(1).max()), prompt_step, prompt_slots.shape[1])
+    completion_places = _round_up(int(completion_slots.sum(1).max()), completion_step, completion_slots.shape[1])
     num_slots = prompt_slots.shape[1] + completion_slots.shape[1]
     num_places = prompt_places + completion_places
     slots = np.full((num_groups, num_places), num_slots, np.int32)
@@ -52,4 +52,4 @@ def prompt_keys(prompt_mask):
 
 
 def _round_up(count: int, step: int, limit: int) -> int:
-    return int(min(-(-max(count, 1) // step) * step, limit))
+    return min(-(-max(count, 1) // step) * step, limit)
