@@ -44,13 +44,18 @@ def make_mesh(config: Config = Config(), devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
+def num_batch_parts(mesh: Mesh) -> int:
+    """How many devices a batch is cut over."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
     """Refuse a batch that the mesh or gradient accumulation cannot cut evenly.
 
     Raises:
         ValueError: with sizes that would do.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * num_microbatches
+    parts = num_batch_parts(mesh) * num_microbatches
     if batch_size < 1 or batch_size % parts:
         below = batch_size // parts * parts
         raise ValueError(

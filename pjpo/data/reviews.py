@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from pjpo import rollouts
+from pjpo.data import saved as saved_data
 from pjpo.data.examples import Data, Example
 from pjpo.rewards import vader
 from pjpo.sampling import Sampling
@@ -148,6 +149,9 @@ class SampledPairs:
         Raises:
             ValueError: too few reviews, or no opening whose samples differ.
         """
+        saved = pathlib.Path(context.folder) / "pairs.jsonl"  # a run that goes on trains on the pairs it began with
+        if saved.exists():
+            return saved_data.load(saved)
         reviews, encode = read(), context.tokenizer.encode
         sources = {
             use: openings(reviews, use, number, self.opening_tokens, encode, seed=self.seed)
@@ -179,7 +183,9 @@ class SampledPairs:
         margin = np.mean([np.ptp(pair.columns["rewards"]) for pair in pairs])
         sampled = f"{self.num_openings} openings x {self.num_completions} samples"
         about = f"{len(pairs)} pairs from {sampled}, best against worst by VADER, {margin:.2f} apart on average"
-        return Data(train=pairs, held_out=sources["held_out"], counts=counts, about=about)
+        data = Data(train=pairs, held_out=sources["held_out"], counts=counts, about=about)
+        saved_data.save(saved, data)
+        return data
 
     def rank(
         self, sources: Sequence[Example], samples: Batch, scores: np.ndarray
@@ -196,3 +202,45 @@ class SampledPairs:
             else:
                 counts["tied"] += 1
         return pairs, counts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Beginnings of IMDb reviews as supervised examples: an opening as the prompt, what follows as the completion."""
+
+    num_reviews: int = 1024
+    num_held_out: int = 64
+    opening_tokens: int = 8
+    max_completion_tokens: int = 56  # a longer review is cut there, at its end
+    label: Literal[0, 1] | None = None  # only positive (1) or negative (0) ones
+    seed: int = 0  # which reviews
+
+    def __post_init__(self):
+        least = {"num_reviews": 1, "num_held_out": 0, "opening_tokens": 1, "max_completion_tokens": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"review texts: {name} must be >= {smallest}, got {getattr(self, name)}")
+
+    def build(self, context) -> Data:
+        """Encodes with `context.tokenizer`.
+
+        Raises:
+            ValueError: too few reviews.
+        """
+        known = [review for review in read() if self.label in (None, review.label)]
+        texts = {review.id: review.text for review in known}
+        encode, eos_id = context.tokenizer.encode, context.tokenizer.eos_id
+        counts = {"cut at the end": 0}
+
+        def whole(use: Use, number: int) -> list[Example]:
+            examples = []
+            for opening in openings(known, use, number, self.opening_tokens, encode, seed=self.seed):
+                rest = encode(texts[opening.id])[self.opening_tokens :] + [eos_id] * (eos_id is not None)
+                counts["cut at the end"] += len(rest) > self.max_completion_tokens
+                completion = np.array(rest[: self.max_completion_tokens], np.int32)
+                examples.append(dataclasses.replace(opening, completions=(completion,)))
+            return examples
+
+        train, held_out = whole("train", self.num_reviews), whole("held_out", self.num_held_out)
+        about = f"{len(train)} reviews to train on, {len(held_out)} held out; {counts['cut at the end']} cut at the end"
+        return Data(train=train, held_out=held_out, counts=counts, about=about)

@@ -1,0 +1,89 @@
+"""The map from names to experiments, which is this folder itself, and their command line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pjpo import experiment, train
+from pjpo.experiment import Experiment, Model
+
+__all__ = ["Experiment", "Model", "about", "check_name", "get", "launch", "names", "override"]
+
+FOLDER = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    smoke: bool = False  # a minute's worth of it, to see that everything works
+    resume: Path | None = None  # folder of a run to go on with
+    runs: Path = Path("runs")  # where new runs get their folder
+
+
+def names() -> list[str]:
+    return sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_") and p.stem != "registry")
+
+
+def about(name: str) -> str:
+    """The first sentence of an experiment's header."""
+    header = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return header.split("\n\n")[0].replace("\n", " ")
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such experiment; names what is near, and all.
+    """
+    known = [*names(), "registry"]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown experiment {name!r}{hint} Known: {', '.join(names())}")
+
+
+def get(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_name(name)
+    return importlib.import_module(f"experiments.{name}").EXPERIMENT
+
+
+def override(value: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of a nested dataclass with fields replaced, by dotted names: {"loop.num_steps": 3}."""
+    for name, new in changes.items():
+        head, _, rest = name.partition(".")
+        value = dataclasses.replace(value, **{head: override(getattr(value, head), {rest: new}) if rest else new})
+    return value
+
+
+def launch(value: Experiment, argv: list[str] | None = None) -> None:
+    """The command line of an experiment: typed overrides, --smoke, --resume, --help."""
+    module = sys.modules["__main__"].__spec__
+    name = module.name.removeprefix("experiments.") if module else "experiment"
+    argv = sys.argv[1:] if argv is None else argv
+    default = override(value, value.smoke) if "--smoke" in argv else value
+    options = tyro.cli(
+        Options,
+        default=Options(experiment=default),
+        args=argv,
+        prog=f"python -m experiments.{name}",
+        description=sys.modules["__main__"].__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    try:
+        experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
+    except train.Stopped as stopped:
+        raise SystemExit(str(stopped)) from None

@@ -1,0 +1,191 @@
+"""The training loop: batches, update, evaluation, checkpoints, logs. Side effects are kept here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from pjpo.checkpoints import Checkpoints
+from pjpo.metrics import Mean
+from pjpo.runs import RunFolder
+from pjpo.types import Batch
+
+WATCHED = ("loss", "rewards/accuracies", "rewards/margins", "eval/reward_vader")  # what the progress bar shows
+
+
+class Stopped(Exception):
+    """The run was interrupted; its state is saved, and the message says how to go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """When to do what; periods in updates, 0 for never."""
+
+    num_steps: int
+    log_every_steps: int = 1
+    evaluate_every_steps: int = 0  # beside the first and the last
+    checkpoint_every_steps: int = 0  # beside the last
+
+    def __post_init__(self):
+        for name, least in (
+            ("num_steps", 1),
+            ("log_every_steps", 1),
+            ("evaluate_every_steps", 0),
+            ("checkpoint_every_steps", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def train(
+    loop: Loop,
+    *,
+    update: Callable,
+    state: Any,
+    ref_params: dict | None,
+    batches: Any,
+    prepare: Callable[[Batch], Batch],
+    evaluate: Callable[[Any, int], Mapping[str, float]] | None,
+    trainable: Callable[[Any], Any],
+    restored: Callable[[Any, Any], Any],
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None] = print,
+) -> Any:
+    """Updates until `loop.num_steps` are done, from wherever the newest good checkpoint in the folder ends.
+
+    Args:
+        loop: periods.
+        update: from `pjpo.step.make_update`; donates the state.
+        state: the state at step 0; it is used up.
+        ref_params: passed on to `update`.
+        batches: an iterator of host-side batches with `get_state` and `set_state`.
+        prepare: host-side batch to what `update` takes: reference log-probs, packing, placement.
+        evaluate: (state, step) to metrics, which are logged under their names; None evaluates nothing.
+        trainable: state to what a checkpoint must hold.
+        restored: (state, checkpointed) to the state to go on with.
+        folder: where numbers are logged.
+        checkpoints: where states are saved.
+        say: where messages go.
+
+    Returns:
+        The state after the last update.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM; everything is saved.
+        FloatingPointError: the loss or the gradient became nan or infinite; earlier checkpoints stay.
+        pjpo.checkpoints.SaveError: a checkpoint could not be written.
+    """
+    found = checkpoints.restore(trainable(state))
+    step, num_tokens = 0, 0
+    if found is not None:
+        step, state = found.step, restored(state, found.state)
+        batches.set_state(found.extra["batches"])
+        num_tokens = found.extra["num_tokens"]
+        folder.rewind(step)
+        say(f"going on from step {step} of {loop.num_steps}")
+    else:
+        folder.rewind(-1)
+        if evaluate is not None:
+            folder.log(0, evaluate(state, 0))
+    # The state that is saved is the one that was logged: every checkpoint is preceded by `flush`, which looks for nan.
+    since, pending, watched = step, [], {}
+
+    def flush() -> None:
+        nonlocal since, started
+        if not pending:
+            return
+        metrics = {name: float(mean.value()) for name, mean in _total(jax.device_get(pending)).items()}
+        seconds, tokens = time.perf_counter() - started, num_tokens - counted
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+        if bad:
+            good = checkpoints.steps()
+            place = f"updates {since + 1} and {step}" if step > since + 1 else None
+            raise FloatingPointError(
+                f"{bad[0]} became {metrics[bad[0]]} {f'between {place}' if place else f'in update {step}'}; last checkpoint: "
+                f"{f'step {good[-1]} in {checkpoints.folder}' if good else 'none'}. A smaller learning_rate or "
+                "max_grad_norm, float32, or log_every_steps=1 to find the update, usually helps"
+            )
+        folder.log(step, metrics | {"num_tokens": num_tokens, "tokens_per_second": tokens / seconds})
+        watched.update({name: f"{metrics[name]:.3f}" for name in WATCHED if name in metrics})
+        bar.set_postfix(watched, refresh=False)
+        since, started = step, time.perf_counter()
+        pending.clear()
+
+    def save(metrics: Mapping[str, float] | None = None) -> None:
+        extra = {"batches": batches.get_state(), "num_tokens": num_tokens}
+        checkpoints.save(step, trainable(state), extra, dict(metrics or {}))
+
+    started, counted = time.perf_counter(), num_tokens
+    with _Interruption() as interruption, tqdm.tqdm(
+        total=loop.num_steps, initial=step, desc="training", unit="step", disable=None, smoothing=0.1
+    ) as bar:
+        while step < loop.num_steps:
+            batch = next(batches)
+            num_tokens += int(batch.prompt_mask.sum() + batch.completion_mask.sum())
+            state, metrics = update(state, ref_params, prepare(batch))
+            pending.append(metrics)
+            step += 1
+            bar.update()
+            last = step == loop.num_steps
+            if interruption.asked:
+                flush()
+                save()
+                checkpoints.wait()
+                raise Stopped(f"stopped after step {step} of {loop.num_steps}, which is saved in {checkpoints.folder}")
+            if last or step % loop.log_every_steps == 0:
+                flush()
+                counted = num_tokens
+            evaluated = None
+            if evaluate is not None and (last or _due(step, loop.evaluate_every_steps)):
+                flush()
+                evaluated = evaluate(state, step)
+                folder.log(step, evaluated)
+                watched.update({name: f"{evaluated[name]:.3f}" for name in WATCHED if name in evaluated})
+                started, counted = time.perf_counter(), num_tokens
+            if last or _due(step, loop.checkpoint_every_steps):
+                flush()
+                save(evaluated)
+                counted = num_tokens
+    checkpoints.wait()
+    return state
+
+
+def _due(step: int, period: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _total(metrics: list[dict[str, Mean]]) -> dict[str, Mean]:
+    return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *metrics)
+
+
+class _Interruption:
+    """Ctrl-C and SIGTERM ask for a stop between two updates; a second Ctrl-C does not wait."""
+
+    def __init__(self):
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():  # elsewhere no handler can be set
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
