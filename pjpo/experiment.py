@@ -97,7 +97,11 @@ def describe(value: Any) -> Any:
     """A config as JSON knows it: dataclasses as dicts, functions and classes by name."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "smoke"}
-        return fields if isinstance(value, Experiment) else {"config": f"{type(value).__module__}.{type(value).__qualname__}"} | fields
+        return (
+            fields
+            if isinstance(value, Experiment)
+            else {"config": f"{type(value).__module__}.{type(value).__qualname__}"} | fields
+        )
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
 
@@ -190,7 +194,7 @@ class _ReferenceModel:
         ref_params = self.policy.without_adapters(self.params) if self.kind == "adapter" else self.params
         ref_logps = self.attach(batch).ref_logps if self.store else self.policy.logps(ref_params, context.place(batch))
         logps = self.policy.logps(self.params, context.place(batch))
-        reference.check_start(experiment.loss, experiment.method, logps, ref_logps, batch)
+        reference.check_start(experiment.loss, experiment.method, batch, logps, ref_logps)
 
 
 class _Evaluation:
