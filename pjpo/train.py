@@ -126,9 +126,10 @@ def train(
         checkpoints.save(step, trainable(state), extra, dict(metrics or {}))
 
     started, counted = time.perf_counter(), num_tokens
-    with _Interruption() as interruption, tqdm.tqdm(
-        total=loop.num_steps, initial=step, desc="training", unit="step", disable=None, smoothing=0.1
-    ) as bar:
+    with (
+        _Interruption() as interruption,
+        tqdm.tqdm(total=loop.num_steps, initial=step, desc="training", unit="step", disable=None, smoothing=0.1) as bar,
+    ):
         while step < loop.num_steps:
             batch = next(batches)
             num_tokens += int(batch.prompt_mask.sum() + batch.completion_mask.sum())
