@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import dis
 import importlib
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from pjpo import experiment, train
+import pjpo
+from pjpo import experiment, runs, train
 from pjpo.experiment import Experiment, Model
 
 __all__ = ["Experiment", "Model", "about", "check_name", "get", "launch", "names", "override"]
@@ -71,19 +73,40 @@ def override(value: Any, changes: Mapping[str, Any]) -> Any:
 
 def launch(value: Experiment, argv: list[str] | None = None) -> None:
     """The command line of an experiment: typed overrides, --smoke, --resume, --help."""
-    module = sys.modules["__main__"].__spec__
-    name = module.name.removeprefix("experiments.") if module else "experiment"
-    argv = sys.argv[1:] if argv is None else argv
-    default = override(value, value.smoke) if "--smoke" in argv else value
-    options = tyro.cli(
-        Options,
-        default=Options(experiment=default),
-        args=argv,
-        prog=f"python -m experiments.{name}",
-        description=sys.modules["__main__"].__doc__,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    main = sys.modules["__main__"]
+    name = main.__spec__.name.removeprefix("experiments.") if main.__spec__ else "experiment"
+
+    def parse(default: Experiment) -> Options:
+        return tyro.cli(
+            Options,
+            default=Options(experiment=default),
+            args=argv,
+            prog=f"python -m experiments.{name}",
+            description=main.__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+
     try:
+        options = parse(value)
+        if options.resume:  # the settings are the folder's
+            found = runs.read(options.resume)
+            options = parse(experiment.recall(value, found.config) if found.experiment == name else value)
+        elif options.smoke:
+            options = parse(override(value, value.smoke))
         experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
-    except train.Stopped as stopped:
-        raise SystemExit(str(stopped)) from None
+    except (train.Stopped, KeyboardInterrupt) as stopped:
+        raise SystemExit(str(stopped) or "stopped") from None
+    except (ValueError, FloatingPointError, ModuleNotFoundError, OSError) as error:
+        if not is_told(error):
+            raise
+        raise SystemExit(str(error)) from None
+
+
+def is_told(error: Exception) -> bool:
+    """Whether the message is enough: the machine's fault, or what a `raise` of this project says. The rest are bugs."""
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    ours = Path(pjpo.__file__).parent in Path(code.co_filename).parents
+    return isinstance(error, OSError) or (ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS")

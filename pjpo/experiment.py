@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Experiment:
     keep_best_by: tuple[str, str] | None = None  # (metric, "max" or "min"): keep that checkpoint beside the last ones
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
     pack: bool = False  # leave padding out of the computation; worth it where lengths vary
-    mesh: sharding.Config = sharding.Config()
+    mesh: sharding.Config = dataclasses.field(default_factory=sharding.Config)
     seed: int = 0
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
 
@@ -85,8 +86,10 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     try:
         with checkpoints.Checkpoints(folder.checkpoints, experiment.keep_best_by, say=say) as saved:
             _run(experiment, mesh, schedule, folder, saved, say)
-    except train.Stopped as stopped:
-        raise train.Stopped(f"{stopped}\nGo on with: python -m experiments.{name} --resume {folder.path}") from None
+    except (train.Stopped, KeyboardInterrupt) as stopped:
+        about = str(stopped) or "stopped at once; updates after the last checkpoint will be repeated"
+        command = shlex.join(["python", "-m", f"experiments.{name}", "--resume", str(folder.path)])
+        raise train.Stopped(f"{about}\nGo on with: {command}") from None
     finally:
         folder.close()
     say(f"report: {report.write(folder)}")
@@ -103,6 +106,16 @@ def describe(value: Any) -> Any:
             else {"config": f"{type(value).__module__}.{type(value).__qualname__}"} | fields
         )
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+
+
+def recall(value: Any, described: Any) -> Any:
+    """The inverse of `describe`: `value`, an experiment, with the settings of a run of it."""
+    if dataclasses.is_dataclass(value) and isinstance(described, Mapping):
+        fields = [field.name for field in dataclasses.fields(value) if field.name in described]
+        return dataclasses.replace(value, **{name: recall(getattr(value, name), described[name]) for name in fields})
+    if callable(value):
+        return value
+    return tuple(described) if isinstance(described, list) else described
 
 
 def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: checkpoints.Checkpoints, say) -> None:
@@ -159,8 +172,8 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
         checkpoints=saved,
         say=say,
     )
-    evaluation.finish(state)
-    if experiment.reference != "none" and hasattr(experiment.method, "beta"):
+    written = any(row.get("kind") == "token_rewards" for row in runs.read(folder.path).samples)
+    if experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
         shown = collate(data.train[:4], context.buckets)
         logps, ref_logps = (policy.logps(p, shown) for p in (state.params, reference_model.of(state)))
         labels = ("chosen", "rejected")
@@ -220,8 +233,3 @@ class _Evaluation:
             if isinstance(result, sentiment.Result) and self.start:
                 self.say(sentiment.side_by_side(self.start, result))
         return {f"eval/{name}": value for name, value in result.metrics.items()}
-
-    def finish(self, state: step.State) -> None:
-        """Evaluates a run that was killed between its last checkpoint and its summary."""
-        if self.evaluate and not any(name.startswith("eval/") for name in runs.read(self.folder.path).summary):
-            self(state, self.last_step)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -97,35 +100,43 @@ def train(
         folder.rewind(-1)
         if evaluate is not None:
             folder.log(0, evaluate(state, 0))
-    # The state that is saved is the one that was logged: every checkpoint is preceded by `flush`, which looks for nan.
-    since, pending, watched = step, [], {}
+    since, counted, pending, watched = step, num_tokens, [], {}
+    started = time.perf_counter()
+
+    def diverged(what: str) -> FloatingPointError:
+        checkpoints.wait()
+        good = checkpoints.steps()
+        kept = f"step {good[-1]} in {checkpoints.folder}" if good else "none"
+        place = f"in update {step}" if step <= since + 1 else f"between updates {since + 1} and {step}"
+        return FloatingPointError(
+            f"{what} {place}; last checkpoint: {kept}. A smaller learning_rate or max_grad_norm, or float32, usually "
+            "helps; log_every_steps=1 tells the update"
+        )
 
     def flush() -> None:
-        nonlocal since, started
+        nonlocal since, counted, started
         if not pending:
             return
         metrics = {name: float(mean.value()) for name, mean in _total(jax.device_get(pending)).items()}
-        seconds, tokens = time.perf_counter() - started, num_tokens - counted
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
-        if bad:
-            good = checkpoints.steps()
-            place = f"updates {since + 1} and {step}" if step > since + 1 else None
-            raise FloatingPointError(
-                f"{bad[0]} became {metrics[bad[0]]} {f'between {place}' if place else f'in update {step}'}; last checkpoint: "
-                f"{f'step {good[-1]} in {checkpoints.folder}' if good else 'none'}. A smaller learning_rate or "
-                "max_grad_norm, float32, or log_every_steps=1 to find the update, usually helps"
-            )
-        folder.log(step, metrics | {"num_tokens": num_tokens, "tokens_per_second": tokens / seconds})
-        watched.update({name: f"{metrics[name]:.3f}" for name in WATCHED if name in metrics})
-        bar.set_postfix(watched, refresh=False)
-        since, started = step, time.perf_counter()
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise diverged(f"{name} became {metrics[name]}")
+        speed = (num_tokens - counted) / (time.perf_counter() - started)
+        folder.log(step, metrics | {"num_tokens": num_tokens, "tokens_per_second": speed})
+        show(metrics)
+        since, counted, started = step, num_tokens, time.perf_counter()
         pending.clear()
 
-    def save(metrics: Mapping[str, float] | None = None) -> None:
+    def show(metrics: Mapping[str, float]) -> None:
+        watched.update({name: f"{metrics[name]:.3f}" for name in WATCHED if name in metrics})
+        bar.set_postfix(watched, refresh=False)
+
+    def save(metrics: Mapping[str, float] | None) -> None:
+        if not _all_finite(trainable(state)):  # a finite loss and gradient can still make a step too large
+            raise diverged("the parameters became nan or infinite")
         extra = {"batches": batches.get_state(), "num_tokens": num_tokens}
         checkpoints.save(step, trainable(state), extra, dict(metrics or {}))
 
-    started, counted = time.perf_counter(), num_tokens
     with (
         _Interruption() as interruption,
         tqdm.tqdm(total=loop.num_steps, initial=step, desc="training", unit="step", disable=None, smoothing=0.1) as bar,
@@ -137,26 +148,22 @@ def train(
             pending.append(metrics)
             step += 1
             bar.update()
-            last = step == loop.num_steps
-            if interruption.asked:
+            last, evaluated = step == loop.num_steps, None
+            if last or _due(step, loop.log_every_steps):
                 flush()
-                save()
-                checkpoints.wait()
-                raise Stopped(f"stopped after step {step} of {loop.num_steps}, which is saved in {checkpoints.folder}")
-            if last or step % loop.log_every_steps == 0:
-                flush()
-                counted = num_tokens
-            evaluated = None
             if evaluate is not None and (last or _due(step, loop.evaluate_every_steps)):
                 flush()
                 evaluated = evaluate(state, step)
                 folder.log(step, evaluated)
-                watched.update({name: f"{evaluated[name]:.3f}" for name in WATCHED if name in evaluated})
-                started, counted = time.perf_counter(), num_tokens
-            if last or _due(step, loop.checkpoint_every_steps):
+                show(evaluated)
+                started = time.perf_counter()
+            stopping = interruption.asked and not last
+            if last or stopping or _due(step, loop.checkpoint_every_steps):
                 flush()
                 save(evaluated)
-                counted = num_tokens
+            if stopping:
+                checkpoints.wait()
+                raise Stopped(f"stopped after step {step} of {loop.num_steps}, which is saved in {checkpoints.folder}")
     checkpoints.wait()
     return state
 
@@ -169,8 +176,14 @@ def _total(metrics: list[dict[str, Mean]]) -> dict[str, Mean]:
     return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *metrics)
 
 
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in numbers], jnp.array(True))
+
+
 class _Interruption:
-    """Ctrl-C and SIGTERM ask for a stop between two updates; a second Ctrl-C does not wait."""
+    """Ctrl-C and SIGTERM ask for a stop after the update, evaluated and saved; a second one does not wait."""
 
     def __init__(self):
         self.asked = False
@@ -186,6 +199,7 @@ class _Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        os.write(2, b"\nstopping after this update; once more to stop at once\n")  # print is not for signal handlers
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
