@@ -23,3 +23,13 @@ import hypothesis
 
 hypothesis.settings.register_profile("pjpo", deadline=None, derandomize=True)  # the first example compiles
 hypothesis.settings.load_profile("pjpo")
+
+import pytest
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked, as for a user: a value that one of them forbids must meet a message that helps."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,88 @@
+"""Log-probs of tokens by NumPy loops in float64, the published golden values, and masked sums."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjpo.logps import mean_completion, sum_completion, token_logps
+
+
+def by_loop(hidden, table, targets, weights):
+    """Log-probs, and the gradients of their sum under `weights`, one position at a time."""
+    logps, dhidden, dtable = np.zeros(targets.shape), np.zeros(hidden.shape), np.zeros(table.shape)
+    for place in np.ndindex(targets.shape):
+        logits = table @ hidden[place]
+        total = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max()
+        logps[place] = logits[targets[place]] - total
+        dlogits = -np.exp(logits - total)
+        dlogits[targets[place]] += 1
+        dhidden[place] = weights[place] * table.T @ dlogits
+        dtable += weights[place] * np.outer(dlogits, hidden[place])
+    return logps, dhidden, dtable
+
+
+def example(groups=2, positions=7, width=5, vocab_size=11):
+    rng = np.random.default_rng(0)
+    hidden, table = rng.normal(size=(groups, positions, width)), rng.normal(size=(vocab_size, width))
+    return hidden, table, rng.integers(0, vocab_size, (groups, positions)), rng.normal(size=(groups, positions))
+
+
+# 2 groups of 7 positions with 11 tokens are 154 logits: all at once, in blocks of 4 (the last one padded) and of 1.
+@pytest.mark.parametrize("block_numbers", [1000, 100, 22])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float64", 1e-13)])
+def test_values_and_gradients_equal_a_loop(block_numbers, dtype, bound):
+    hidden, table, targets, weights = example()
+    with jax.enable_x64(dtype == "float64"):
+        logps, pullback = jax.vjp(
+            lambda hidden, table: token_logps(hidden, table, targets.astype(np.int32), block_numbers),
+            *(jnp.asarray(x, dtype) for x in (hidden, table)),
+        )
+        found = logps, *pullback(jnp.asarray(weights, dtype))
+    for one, other in zip(found, by_loop(hidden, table, targets, weights), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+
+
+def test_bfloat16_takes_the_softmax_in_float32():
+    hidden, table, targets, weights = example()
+    hidden, table = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, table))
+    expected = by_loop(*(np.asarray(x, np.float64) for x in (hidden, table)), targets, weights)
+    logps, pullback = jax.vjp(lambda hidden, table: token_logps(hidden, table, jnp.int32(targets), 100), hidden, table)
+    gradients = pullback(jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(logps, expected[0], rtol=0, atol=2e-6)  # products of bfloat16 numbers, summed exactly
+    for one, other in zip(gradients, expected[1:], strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0.02, atol=0.02)
+
+
+def test_extreme_logits_stay_finite():
+    hidden, table = jnp.array([[[1e4], [-1e4]]]), jnp.array([[1.0], [0.0]])
+    targets = jnp.zeros((1, 2), jnp.int32)
+    logps, pullback = jax.vjp(lambda h, t: token_logps(h, t, targets, 100), hidden, table)
+    np.testing.assert_array_equal(logps, [[0.0, -1e4]])
+    np.testing.assert_array_equal(pullback(jnp.ones((1, 2)))[0][0, :, 0], [0, 1])
+
+
+def test_golden_sequence_logps():
+    logits = np.array(
+        [
+            [[0.2, -0.1, 0.5], [1.0, 0.0, -1.0], [0.3, 0.3, 0.3], [-0.4, 0.9, 0.1]],
+            [[0.0, 1.0, 2.0], [-1.5, 0.5, 0.25], [2.0, -2.0, 0.0], [0.7, 0.6, 0.5]],
+        ]
+    )
+    labels = np.array([[-100, -100, 2, 0], [-100, 1, 2, -100]])[:, 1:]
+    mask = jnp.asarray(labels >= 0)[:, None]
+    with jax.enable_x64(True):
+        hidden, targets = jnp.asarray(logits[:, :-1]), jnp.asarray(labels.clip(0), jnp.int32)
+        logps = token_logps(hidden, jnp.eye(3), targets, 1000)[:, None]  # the states are the logits
+        tokens = np.where(mask, logps, 0)[:, 0]
+        np.testing.assert_allclose(tokens, [[0, -2.40760596, -1.09861229], [-1.40760596, -0.89926638, 0]], atol=1e-8)
+        np.testing.assert_allclose(sum_completion(logps, mask)[:, 0], [-3.50621825, -2.30687234], atol=1e-8)
+        np.testing.assert_allclose(mean_completion(logps, mask)[:, 0], [-1.75310913, -1.15343617], atol=1e-8)
+
+
+def test_masked_sums_and_means():
+    values = jnp.array([[[1.0, 2.0, jnp.nan], [jnp.inf, 5.0, 7.0]], [[jnp.nan] * 3, [3.0, 4.0, 5.0]]])
+    mask = jnp.array([[[True, True, False], [False, True, True]], [[False] * 3, [True] * 3]])
+    np.testing.assert_array_equal(sum_completion(values, mask), [[3, 12], [0, 12]])
+    np.testing.assert_array_equal(mean_completion(values, mask), [[1.5, 6], [0, 4]])

@@ -1,0 +1,49 @@
+"""Means that add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjpo.metrics import Mean
+
+
+def test_a_mean_is_over_what_the_mask_keeps():
+    values, mask = jnp.array([[1.0, 2.0], [4.0, jnp.inf]]), jnp.array([[True, True], [True, False]])
+    np.testing.assert_allclose(Mean.of(values, mask).value(), 7 / 3, rtol=1e-7)
+    np.testing.assert_allclose(Mean.of(values[:1]).value(), 1.5)
+
+
+def test_parts_add_up_to_the_whole_however_uneven():
+    rng = np.random.default_rng(0)
+    values, mask = rng.normal(size=12).astype(np.float32), rng.random(12) < 0.6
+    parts = [Mean.of(values[cut], mask[cut]) for cut in (slice(0, 1), slice(1, 9), slice(9, 12))]
+    whole = parts[0] + parts[1] + parts[2]
+    np.testing.assert_allclose(whole.value(), values[mask].mean(), rtol=1e-6)
+    assert whole.count == mask.sum()
+
+
+def test_nothing_counted_is_zero_with_a_zero_gradient():
+    def mean(values):
+        return Mean.of(values, jnp.zeros(3, bool)).value()
+
+    assert mean(jnp.full(3, jnp.nan)) == 0
+    np.testing.assert_array_equal(jax.grad(mean)(jnp.ones(3)), 0)
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([True, False, True, True]), np.array([1, 0, 1, 1]), np.float16([1, 0, 1, 1])]
+)
+def test_flags_whole_numbers_and_halves_are_summed_in_float32(values):
+    mean = Mean.of(values)
+    assert (mean.sum.dtype, mean.count.dtype) == (jnp.float32, jnp.float32)
+    assert mean.value() == 0.75
+
+
+def test_bfloat16_does_not_lose_the_small_terms():
+    assert Mean.of(jnp.ones(1000, jnp.bfloat16)).value() == 1
+
+
+def test_a_mask_of_another_shape_is_a_bug():
+    with pytest.raises(AssertionError, match=r"mask \(3,\) does not fit values \(2, 3\)"):
+        Mean.of(jnp.ones((2, 3)), jnp.ones(3, bool))

@@ -1,0 +1,61 @@
+"""Matrix products and their gradients against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjpo.products import contract_rows, dot, product
+
+
+def draw(*shapes, dtype):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(("rows", "out"), [((5,), (3,)), ((2, 7), (2, 3, 4)), ((1, 1), (3,))])
+def test_a_product_and_its_gradients(dtype, bound, rows, out):
+    x, kernel, cotangent = draw((*rows, 6), (6, *out), (*rows, *out), dtype=dtype)
+    y, pullback = jax.vjp(jax.jit(product), x, kernel)
+    dx, dkernel = pullback(cotangent)
+    axes = tuple(range(len(rows)))
+    expected = [
+        np.tensordot(wide(x), wide(kernel), 1),
+        np.tensordot(
+            wide(cotangent), wide(kernel), (tuple(range(len(rows), cotangent.ndim)), tuple(range(1, kernel.ndim)))
+        ),
+        np.tensordot(wide(x), wide(cotangent), (axes, axes)),
+    ]
+    for found, by_numpy in zip((y, dx, dkernel), expected, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(wide(found), by_numpy, rtol=bound, atol=bound)
+
+
+def test_weights_of_another_dtype_are_cast_at_use_and_get_gradients_of_their_own():
+    (x,), (kernel,) = draw((4, 6), dtype="bfloat16"), draw((6, 3), dtype="float32")
+    y, pullback = jax.vjp(product, x, kernel)
+    dx, dkernel = pullback(jnp.ones_like(y))
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(dkernel, np.repeat(wide(x).sum(0)[:, None], 3, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_weights_are_summed_in_float32(dtype):
+    # 1000 rows of products near 1: a bfloat16 sum would stop at 256. Both inputs are exact in bfloat16.
+    a, b = jnp.ones((1000, 3), dtype), jnp.full((1000, 2), 1.5, dtype)
+    for function in (contract_rows, jax.jit(contract_rows)):
+        np.testing.assert_array_equal(function(a, b), np.full((3, 2), 1500.0, np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_and_infinity_pass_through(dtype):
+    a, b = draw((5, 4), (5, 3), dtype=dtype)
+    np.testing.assert_array_equal(
+        np.isnan(contract_rows(a.at[0, 0].set(jnp.nan), b)), (np.arange(4) == 0)[:, None] & np.ones(3, bool)
+    )
+    assert np.isinf(dot(a.at[1, 2].set(jnp.inf), b[:4], (1,), (0,))[1]).all()
