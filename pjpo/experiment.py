@@ -84,14 +84,12 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     folder = runs.open(resume, name, config) if resume else runs.create(root, name, config)
     say(f"run: {folder.path}")
     try:
-        with checkpoints.Checkpoints(folder.checkpoints, experiment.keep_best_by, say=say) as saved:
+        with folder, checkpoints.Checkpoints(folder.checkpoints, experiment.keep_best_by, say=say) as saved:
             _run(experiment, mesh, schedule, folder, saved, say)
     except (train.Stopped, KeyboardInterrupt) as stopped:
         about = str(stopped) or "stopped at once; updates after the last checkpoint will be repeated"
         command = shlex.join(["python", "-m", f"experiments.{name}", "--resume", str(folder.path)])
         raise train.Stopped(f"{about}\nGo on with: {command}") from None
-    finally:
-        folder.close()
     say(f"report: {report.write(folder)}")
     return folder.path
 

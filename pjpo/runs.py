@@ -14,6 +14,7 @@ Everything is JSON that any reader takes. JSON has no nan and no infinity, so th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -25,7 +26,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ class RunFolder:
         """Numbers of one step, under the names they have; to metrics.jsonl and to TensorBoard."""
         numbers = {name: float(value) for name, value in metrics.items()}
         self._append("metrics.jsonl", [{"step": int(step)} | numbers])
-        self._events.write(step, numbers)
+        with _naming(self.path / "events.out.*"):
+            self._events.write(step, numbers)
 
     def sample(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Texts of one step, any JSON-able fields; `pjpo.report` shows the fields named at the top of this file."""
@@ -137,8 +139,18 @@ class RunFolder:
 
     def close(self) -> None:
         if "_events" in vars(self):
-            self._events.close()
-            del vars(self)["_events"]
+            with _naming(self.path / "events.out.*"):
+                vars(self).pop("_events").close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else the first error says more
+                raise
 
     @functools.cached_property
     def _events(self) -> _Events:
@@ -150,12 +162,8 @@ class RunFolder:
 
     def _append(self, name: str, rows: list[dict]) -> None:
         path = self.path / name
-        try:
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(map(_line, rows))
-        except OSError as error:
-            error.filename = str(path)  # a full disk does not say which file it was
-            raise
+        with _naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(map(_line, rows))
 
     def _forget(self, name: str, after: int | float) -> None:
         if (self.path / name).exists():
@@ -287,6 +295,16 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _plain(value: Any) -> Any:
