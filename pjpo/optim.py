@@ -24,15 +24,15 @@ class Config:
 
     def __post_init__(self):
         checks = {
-            "learning_rate": (0 < self.learning_rate < math.inf, "> 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "> 0 and finite"),
             "name": (self.name in ("adamw", "rmsprop", "adafactor", "sgd"), "adamw, rmsprop, adafactor or sgd"),
             "schedule": (self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"),
             "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, ">= 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, ">= 0 and finite"),
             "max_grad_norm": (self.max_grad_norm > 0, "> 0"),
             "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
             "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
-            "epsilon": (self.epsilon > 0, "> 0"),
+            "epsilon": (0 < self.epsilon < math.inf, "> 0 and finite"),
         }
         for name, (good, allowed) in checks.items():
             if not good:

@@ -1,0 +1,191 @@
+"""What every method in `pjpo/methods/` promises; a new one is found by being there. See `contract.py`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pjpo.metrics import Mean
+from tests.methods.contract import NAMES, SHAPE, Method
+
+ROUNDING = {"rtol": 2e-6, "atol": 1e-6}  # the same float32 terms, added in another order
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def method(request):
+    return Method(request.param)
+
+
+def on_device(example):
+    return jax.tree.map(jnp.asarray, (example.batch, example.logps, example.ref_logps, example.others))
+
+
+def outcome(method, config, arguments, jit=False):
+    """(loss and metrics as `Mean`s, gradient of the loss's sum by logps): what adds up over parts of a batch."""
+
+    def total(logps, batch, ref_logps, others):
+        mean, metrics = method.loss(config, batch, logps, ref_logps, **others)
+        return mean.sum, {"loss": mean, **metrics}
+
+    batch, logps, ref_logps, others = arguments
+    differentiate = jax.value_and_grad(total, has_aux=True)
+    (_, means), gradient = (jax.jit(differentiate) if jit else differentiate)(logps, batch, ref_logps, others)
+    return means, gradient
+
+
+def assert_same(found, expected):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **ROUNDING), found, expected)
+
+
+def rows(arguments, index):
+    return jax.tree.map(lambda x: x[index], arguments)
+
+
+def joined(outcomes):
+    """The outcome of a batch from those of its parts."""
+    means, gradients = zip(*outcomes, strict=True)
+    total = jax.tree.map(
+        lambda *parts: functools.reduce(Mean.__add__, parts), *means, is_leaf=lambda x: isinstance(x, Mean)
+    )
+    return total, jnp.concatenate(gradients)
+
+
+def test_the_folder_has_methods():
+    assert {"dpo", "sft"} <= set(NAMES)
+
+
+def test_loss_and_metrics_are_means_of_float32(method):
+    for config in method.configs:
+        means, gradient = outcome(method, config, on_device(method.example()))
+        assert all(isinstance(mean, Mean) for mean in means.values())
+        for leaf in (*jax.tree.leaves(means), gradient):
+            assert leaf.dtype == jnp.float32
+        assert all(mean.sum.shape == mean.count.shape == () for mean in means.values())
+        assert means["loss"].count > 0
+
+
+@pytest.mark.parametrize("where", ["first completions", "other completions", "everywhere", "reference", "old"])
+def test_finite_at_extremes_and_with_empty_completions(method, where):
+    example = method.example()
+    assert not example.batch.completion_mask.any((1, 2)).all()
+    assert not example.batch.completion_mask.any(2)[1, 0]
+    first = np.arange(method.shape[1])[None, :, None] == 0
+    whole = np.ones((1, 1, 1), bool)
+
+    def sunk(values, at):
+        return None if values is None else np.where(example.batch.completion_mask & at, np.float32(-1e4), values)
+
+    at = {"first completions": first, "other completions": ~first, "everywhere": whole}.get(where, ~whole)
+    batch = dataclasses.replace(example.batch, old_logps=sunk(example.batch.old_logps, whole & (where == "old")))
+    example = dataclasses.replace(
+        example,
+        batch=batch,
+        logps=sunk(example.logps, at),
+        ref_logps=sunk(example.ref_logps, whole & (where == "reference")),
+    )
+    for config in method.configs:
+        for leaf in jax.tree.leaves(outcome(method, config, on_device(example))):
+            assert np.isfinite(leaf).all()
+
+
+def test_nothing_to_score_is_a_mean_of_nothing(method):
+    example = method.example()
+    nothing = np.zeros_like(example.batch.loss_mask)
+    batch = dataclasses.replace(example.batch, completion_mask=nothing, loss_mask=nothing)
+    for config in method.configs:
+        means, gradient = outcome(method, config, on_device(dataclasses.replace(example, batch=batch)))
+        assert means["loss"].sum == means["loss"].count == 0
+        np.testing.assert_array_equal(gradient, 0)
+        for mean in means.values():
+            assert mean.value() == 0
+
+
+def test_masked_tokens_get_no_gradient_and_have_no_effect(method):
+    example = method.example()
+    batch, logps, ref_logps, others = on_device(example)
+    noise = jnp.where(batch.loss_mask, 0, -np.exp(np.random.default_rng(1).normal(size=logps.shape)).astype(np.float32))
+    other = batch, logps + noise, None if ref_logps is None else ref_logps + 2 * noise, others
+    for config in method.configs:
+        means, gradient = outcome(method, config, (batch, logps, ref_logps, others))
+        np.testing.assert_array_equal(gradient[~batch.loss_mask], 0)
+        assert np.any(gradient[batch.loss_mask] != 0)
+        assert_same(outcome(method, config, other), (means, gradient))
+
+
+def test_the_reference_gets_no_gradient(method):
+    batch, logps, ref_logps, others = on_device(method.example())
+    if ref_logps is None:
+        assert all(
+            "ref_logps" not in str(jax.tree_util.keystr(path))
+            for path, _ in jax.tree_util.tree_leaves_with_path(others)
+        )
+        return
+    for config in method.configs:
+        gradient = jax.grad(lambda x: method.loss(config, batch, logps, x, **others)[0].value())(ref_logps)  # noqa: B023
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_jit_equals_no_jit(method):
+    arguments = on_device(method.example())
+    for config in method.configs:
+        assert_same(outcome(method, config, arguments, jit=True), outcome(method, config, arguments))
+
+
+def test_eight_devices_equal_one(method):
+    arguments = on_device(method.example())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
+    assert len(jax.devices()) == 8
+    for config in method.configs:
+        assert_same(outcome(method, config, spread, jit=True), outcome(method, config, arguments))
+
+
+@pytest.mark.parametrize("cuts", [range(1, 8), [4], [2, 4, 6], [1, 7], [3, 4]], ids=str)
+def test_microbatches_add_up_to_one_batch(method, cuts):
+    arguments = on_device(method.example())
+    for config in method.configs:
+        parts = zip([0, *cuts], [*cuts, SHAPE[0]], strict=True)
+        found = joined([outcome(method, config, rows(arguments, slice(*part))) for part in parts])
+        assert_same(found, outcome(method, config, arguments))
+
+
+def test_the_order_of_rows_changes_nothing(method):
+    arguments = on_device(method.example())
+    order = np.random.default_rng(0).permutation(SHAPE[0])
+    for config in method.configs:
+        means, gradient = outcome(method, config, arguments)
+        assert_same(outcome(method, config, rows(arguments, order)), (means, gradient[order]))
+
+
+def test_every_field_has_an_effect(method):
+    arguments = on_device(method.example())
+    means, gradient = outcome(method, method.Config(), arguments)
+    for field, config in method.nudged():
+        other_means, other_gradient = outcome(method, config, arguments)
+        changed = means["loss"].value() != other_means["loss"].value() or jnp.any(gradient != other_gradient)
+        assert changed, f"{method.name}: nothing reads {field}"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_every_bad_value_is_refused_by_name(method):
+    for field, value in method.bad_values():
+        with pytest.raises(ValueError, match=rf"{method.name}: .*{field}.*{value}"):
+            dataclasses.replace(method.Config(), **{field: value})
+
+
+def test_the_config_is_static(method):
+    for config in method.configs:
+        assert hash(config) == hash(dataclasses.replace(config))
+        assert jax.tree.leaves(config) == [config]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.anything = 1
