@@ -67,13 +67,15 @@ def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
 def spec(path: tuple, leaf) -> PartitionSpec:
     """How one leaf of a tree is cut, by the last two names on its path; whole where the table does not know them.
 
-    It holds for parameters, gradients and optimizer moments alike; a leading axis of scanned layers stays whole.
+    It holds for parameters, gradients and optimizer moments alike; a leading axis of scanned layers stays whole, and so
+    does a moment of fewer axes than its parameter (Adafactor's).
     """
     names = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
-    logical = AXES.get(names[-2:])
-    if logical is None or leaf.ndim < len(logical):
+    logical = AXES.get(names[-2:], ())
+    stacked = [None] * ("layers" in names)
+    if leaf.ndim != len(stacked) + len(logical):
         return PartitionSpec()
-    return PartitionSpec(*[None] * (leaf.ndim - len(logical)), *(RULES.get(axis) for axis in logical))
+    return PartitionSpec(*stacked, *(RULES.get(axis) for axis in logical))
 
 
 def shardings(tree, mesh: Mesh):

@@ -10,7 +10,7 @@ import jaxtyping
 
 # Shapes and dtypes in annotations become assertions, but not where they cannot be: in pytrees, which a transformation
 # fills with anything, and for arguments with a sum as an axis ("Q+2"), which jaxtyping evaluates in return types only.
-UNCHECKED = {"types.py", "metrics.py", "attention.py"}
+UNCHECKED = {"types.py", "metrics.py", "step.py", "attention.py"}
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = [file.relative_to(ROOT) for file in ROOT.glob("pjpo/**/*.py") if file.name not in {"__init__.py", *UNCHECKED}]
 jaxtyping.install_import_hook([".".join(file.with_suffix("").parts) for file in FILES], "beartype.beartype")
