@@ -1,4 +1,4 @@
-"""The store of reference log-probs and the check at step 0, on two-layer policies; the disk and the kills are real."""
+"""The store of reference log-probs and the check at step 0, on one-layer policies; the disk and the kills are real."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from pjpo.types import Batch
 
 CONFIG = decoder.Config(
     vocab_size=29,
-    num_layers=2,
+    num_layers=1,
     model_dim=16,
     num_heads=2,
     num_kv_heads=1,
@@ -175,18 +175,18 @@ def test_the_same_content_is_found_in_any_order_and_company(filled, params, monk
     np.testing.assert_array_equal(alone.ref_logps[0, 0, :3], rows[1][1])
 
 
-def test_another_process_finds_it(filled, params):
-    folder, rows = filled
+def test_another_process_finds_it(tmp_path):
+    batch = Store(tmp_path, Computed(), {"params": {"a": np.arange(5.0)}}).attach(make_batch())
     code = """
-        import sys, jax, numpy as np
-        from tests.test_reference import POLICY, make_batch
+        import sys, numpy as np
+        from tests.test_reference import Computed, make_batch
         from pjpo.reference import Store
-        store = Store(sys.argv[1], POLICY, POLICY.init(jax.random.key(0)))
+        store = Store(sys.argv[1], Computed(scale=1), {"params": {"a": np.arange(5.0)}})
         batch = store.attach(make_batch(widths=(8, 9)))
         print(store.hits, store.misses, batch.ref_logps[batch.completion_mask].tobytes().hex())
     """
-    done = run(code, folder)
-    assert done.stdout.split() == ["6", "0", np.concatenate([np.concatenate(group) for group in rows]).tobytes().hex()]
+    found = subprocess.run(**command(code, [tmp_path]), check=True, capture_output=True, timeout=120).stdout
+    assert found.split() == ["6", "0", batch.ref_logps[batch.completion_mask].tobytes().hex()]
 
 
 # The store: what is not found
@@ -230,7 +230,6 @@ def test_other_content_is_computed(filled, params, name):
 def test_a_hole_in_a_mask_is_not_the_row_without_it(filled, params):
     batch = make_batch(completions=replaced(2, 1, [21, 22, 23, 24, 25]))
     batch.completion_mask[2, 1, 2] = False
-    batch.loss_mask[2, 1, 2] = False
     store = Store(filled[0], POLICY, params)
     store.attach(batch)
     assert store.misses == 1
@@ -239,9 +238,9 @@ def test_a_hole_in_a_mask_is_not_the_row_without_it(filled, params):
 
 
 def changed_weight(params, _):
-    kernel = params["params"]["layers_1"]["out"]["kernel"]
+    kernel = params["params"]["layers_0"]["out"]["kernel"]
     moved = kernel.at[0, 1, 3, 5].set(jnp.nextafter(kernel[0, 1, 3, 5], 9.0))
-    return change(params, ("params", "layers_1", "out", "kernel"), moved)
+    return change(params, ("params", "layers_0", "out", "kernel"), moved)
 
 
 def change(tree, path, value):
@@ -441,7 +440,7 @@ WRITER = """
 
 
 def test_readers_beside_writers_and_killed_writers(tmp_path):
-    writers = [start(WRITER, tmp_path, first) for first in (0, 10**8)]
+    writers = [subprocess.Popen(**command(WRITER, [tmp_path, first]), stdout=subprocess.PIPE) for first in (0, 10**8)]
     for writer in writers:
         assert writer.stdout.readline() == "begun\n"
     seen = 0
@@ -457,14 +456,6 @@ def test_readers_beside_writers_and_killed_writers(tmp_path):
     assert len(rows) % 2 == 0
     for row in rows.values():
         np.testing.assert_array_equal(row, -np.array([[2, 3, 4], [5]][len(row) == 1], np.float32) / 8)
-
-
-def run(code, *arguments):
-    return subprocess.run(**command(code, arguments), check=True, capture_output=True, timeout=120)
-
-
-def start(code, *arguments):
-    return subprocess.Popen(**command(code, arguments), stdout=subprocess.PIPE)
 
 
 def command(code, arguments):
