@@ -187,7 +187,7 @@ class _ReferenceModel:
     def __init__(self, kind: step.Reference, policy: models.Policy, params: dict, folder: runs.RunFolder):
         self.kind, self.policy, self.params = kind, policy, params
         stored = folder.path.parent.parent / "reference_logps"  # shared by runs: its content is its address
-        self.store = reference.Store(stored, policy, params) if kind == "stored" else None
+        self.store = reference.Store(stored, policy, policy.without_adapters(params)) if kind == "stored" else None
 
     def of(self, state: step.State) -> dict | None:
         """Its parameters beside a state: with adapters the state's own arrays, which every update donates."""
