@@ -4,6 +4,7 @@ python -m tests.tiny_run --model.source FOLDER --runs RUNS
 """
 
 import dataclasses
+import os
 import time
 
 import numpy as np
@@ -45,7 +46,14 @@ EXPERIMENT = Experiment(
     num_microbatches=2,
     pack=True,
 )
+
+
+def log(folder, step, metrics, write=runs.RunFolder.log):
+    """Slow enough to be watched; at a step that the environment names, for ever."""
+    write(folder, step, metrics)
+    time.sleep(600 if str(step) == os.environ.get("TINY_RUN_HANGS_AT") else 0.02)
+
+
 if __name__ == "__main__":
-    log = runs.RunFolder.log
-    runs.RunFolder.log = lambda *arguments: (log(*arguments), time.sleep(0.02))  # slow enough to be watched
+    runs.RunFolder.log = log
     launch(EXPERIMENT)

@@ -1,0 +1,195 @@
+"""The command line, up to the point where a run would begin."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import registry
+from pjpo import experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+def python_m(*arguments):
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The runs that would begin, as (name, experiment, other arguments)."""
+    found = []
+    monkeypatch.setattr(experiment, "run", lambda name, value, **others: found.append((name, value, others)))
+    return found
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, unchecked):
+    """`python -m experiments.<name> ...` without a new process; (exit code or message, what was printed)."""
+
+    def run(name, *argv):
+        module = importlib.import_module(f"experiments.{name}")
+        monkeypatch.setitem(sys.modules, "__main__", module)
+        code = None
+        try:
+            registry.launch(module.EXPERIMENT, list(map(str, argv)))
+        except SystemExit as done:
+            code = done.code
+        printed = capsys.readouterr()
+        return code, " ".join(re.sub(r"[│╭╮╰╯─]|-{9,}", " ", printed.out + printed.err).split())
+
+    return run
+
+
+def test_lists_all_with_a_line_each():
+    done = python_m("experiments")
+    assert done.returncode == 0
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert [name for name, _ in lines] == registry.names()
+    assert {"dpo_glass", "dpo_hh", "dpo_sentiment", "sft_reviews"} <= set(registry.names())
+    for name, about in lines:
+        assert about == registry.about(name)
+        assert 20 < len(about) <= 110
+        assert about.endswith(".")
+
+
+@pytest.mark.parametrize("arguments", [["experiments", "dpo_glas"], ["experiments.dpo_glas", "--smoke"]])
+def test_an_unknown_experiment_is_refused_with_a_suggestion(arguments):
+    done = python_m(*arguments)
+    assert done.returncode == 1
+    known = ", ".join(registry.names())
+    assert done.stderr == f"unknown experiment 'dpo_glas'; did you mean 'dpo_glass'? Known: {known}\n"
+
+
+def test_a_name_far_from_all_is_refused_without_one():
+    with pytest.raises(ValueError, match=r"^unknown experiment 'grpo'\. Known: dpo_glass, "):
+        registry.get("grpo")
+
+
+def test_a_known_name_after_the_package_says_how():
+    done = python_m("experiments", "dpo_glass", "--smoke")
+    assert done.returncode == 1
+    assert done.stderr == "run it with: python -m experiments.dpo_glass --smoke\n"
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_help_shows_every_override_with_its_comment(command, begun, name):
+    code, text = command(name, "--help")
+    assert code == 0
+    assert registry.about(name)[:60] in text
+    for line in (
+        "--method.beta FLOAT pull towards the reference" if name != "sft_reviews" else "--batch-size INT",
+        "--batch-size INT prompts in an update, over all devices (default: 8)",
+        "--resume {None}|PATH folder of a run to go on with",
+        "--smoke, --no-smoke a minute's worth",
+        "--model.source STR a packaged name, a Hugging Face folder",
+        "--optimizer.warmup-steps INT linear from zero",
+        "--loop.evaluate-every-steps INT beside the first and the last",
+        "--data.num-held-out INT",
+        "--reference {none,online,stored,adapter} none, online",
+        "--mesh.fsdp INT parts that the weights are cut into",
+    ):
+        assert line in text
+    assert begun == []
+
+
+def test_overrides_reach_the_run(command, begun):
+    command(
+        "dpo_glass", "--method.beta=0.3", "--loop.num-steps", 7, "--model.lora.targets", "q", "v", "--runs", "there"
+    )
+    ((name, value, others),) = begun
+    expected = registry.override(
+        registry.get("dpo_glass"), {"method.beta": 0.3, "loop.num_steps": 7, "model.lora.targets": ("q", "v")}
+    )
+    assert (name, value, others) == ("dpo_glass", expected, {"root": Path("there"), "resume": None})
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_smoke_is_smaller_and_can_be_overridden(command, begun, name):
+    command(name, "--smoke", "--seed", 5)
+    ((_, value, _),) = begun
+    original = registry.get(name)
+    assert value.loop.num_steps < original.loop.num_steps
+    assert value.model.source == "glassllm-en"
+    assert (value.seed, original.seed) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method.bet=0.2"], "Unrecognized options: --method.bet=0.2 Perhaps you meant: --method.beta FLOAT"),
+        (["--bacth-size", 7], "Perhaps you meant: --batch-size INT prompts in an update"),
+        (["--smoek"], "Perhaps you meant: --smoke"),
+        (["--method.beta=high"], "Error parsing --method.beta: could not convert string to float: 'high'"),
+        (["--batch-size", 2.5], "Error parsing --batch-size: invalid literal for int() with base 10: '2.5'"),
+        (["--reference", "stroed"], "invalid choice 'stroed' for argument '--reference'"),
+        (["--method.beta=-1"], "dpo: beta must be > 0"),
+        (["--loop.num-steps=0"], "num_steps must be at least 1, got 0"),
+        (["--optimizer.learning-rate=nan"], "optimizer: learning_rate must be > 0"),
+    ],
+)
+def test_bad_overrides_are_refused(command, begun, arguments, message):
+    code, text = command("dpo_glass", *arguments)
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+    assert begun == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "dpo_glass",
+            ["--batch-size", 12, "--num-microbatches", 5, "--mesh.data", 1],
+            "batch_size 12 is not divisible",
+        ),
+        ("dpo_glass", ["--mesh.data", 3], "mesh data=3, fsdp=1, model=1 does not fill the 8 devices"),
+        ("dpo_glass", ["--optimizer.warmup-steps", 100], "warmup_steps 100 must be below num_steps 60"),
+        ("dpo_glass", ["--model.source", "nowhere"], "unknown model source 'nowhere'. Allowed: smollm2"),
+        ("dpo_glass", ["--resume", "nowhere"], "nowhere is not the folder of a run: it has no config.json"),
+        ("dpo_hh", ["--smoke"], "no data file is given; name one with --data.path=pairs.jsonl"),
+        ("dpo_hh", ["--smoke", "--data.path", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_a_line(command, tmp_path, name, arguments, message):
+    code, text = command(name, *arguments, "--runs", tmp_path)
+    assert isinstance(code, str)  # which Python prints, and exits with 1
+    assert message in code
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("bug", [ValueError("of NumPy"), AssertionError("why"), KeyError("name")])
+def test_bugs_keep_their_traceback(command, monkeypatch, bug):
+    def run(*_, **__):
+        raise bug
+
+    monkeypatch.setattr(experiment, "run", run)  # from a file that is not the project's
+    with pytest.raises(type(bug)):
+        command("dpo_glass")
+
+
+def test_an_error_of_the_machine_is_told_in_a_line(command, monkeypatch):
+    def run(*_, **__):
+        raise OSError(28, "No space left on device", "runs/metrics.jsonl")
+
+    monkeypatch.setattr(experiment, "run", run)
+    assert command("dpo_glass")[0] == "[Errno 28] No space left on device: 'runs/metrics.jsonl'"
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_experiment_is_short_and_says_what_to_expect(name):
+    text = (registry.FOLDER / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    header = importlib.import_module(f"experiments.{name}").__doc__
+    assert f"python -m experiments.{name}" in header
+    assert re.search(r"second|minute", header)
+
+
+def test_override_refuses_a_field_that_is_not_there():
+    with pytest.raises(TypeError, match="num_stepz"):
+        registry.override(registry.get("dpo_glass"), {"loop.num_stepz": 3})

@@ -1,0 +1,248 @@
+"""Whole runs, as a user starts and stops them: in processes of their own, each a few seconds."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import registry
+from pjpo import experiment
+from pjpo.checkpoints import Checkpoints
+from tests import tiny_run
+from tests.models import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+LAST = tiny_run.EXPERIMENT.loop.num_steps
+# On one device, each compilation made once: a start costs what importing costs.
+CACHED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
+class Program:
+    """A run of `tiny_run`, to be started again and again."""
+
+    def __init__(self, root, model, cache=None):
+        self.root, self.model = root, model
+        self.environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        if cache:
+            self.environment |= CACHED | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+    def start(self, *arguments):
+        command = [sys.executable, "-u", "-m", "tests.tiny_run", "--runs", self.root, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=self.environment, **pipes)
+
+    def begin(self, *arguments):
+        return self.start("--model.source", self.model, *arguments)
+
+    def finish(self, *arguments):
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out
+
+    @property
+    def folder(self):
+        (folder,) = self.root.glob("*/*")
+        return folder
+
+    @property
+    def lines(self):
+        text = (self.folder / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in text[: text.rindex("\n") + 1].splitlines()]
+        return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+    def wait_for(self, step, process):
+        """Until that update is logged."""
+        while process.poll() is None:
+            try:
+                if self.lines[-1]["step"] >= step:
+                    return
+            except (OSError, ValueError, IndexError):
+                pass  # there is no folder yet, or no line
+            time.sleep(0.005)
+        pytest.fail(f"it ended before update {step}: {process.stderr.read()}")
+
+    def bits(self):
+        """Of all that the last checkpoint holds, with what is beside it."""
+        about = json.loads((self.folder / "checkpoints" / str(LAST) / "about" / "metadata").read_text())
+        like = {}
+        for name, spec in about["leaves"].items():
+            dtype, _, shape = spec.partition("[")
+            shape = json.loads(f"[{shape}")
+            like[name] = jax.random.key(0) if "key" in dtype else jax.ShapeDtypeStruct(shape, dtype)
+        with Checkpoints(self.folder / "checkpoints") as checkpoints:
+            found = checkpoints.restore(like)
+        assert found.step == LAST
+        raw = {n: jax.random.key_data(leaf) if "key" in str(leaf.dtype) else leaf for n, leaf in found.state.items()}
+        return {name: np.asarray(leaf).tobytes() for name, leaf in raw.items()}, found.extra
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory, model, cache):
+    """A run that nobody disturbs."""
+    program = Program(tmp_path_factory.mktemp("alone"), model, cache)
+    program.finish("--model.source", model)
+    return program
+
+
+def same(one, other):
+    assert one.lines == other.lines
+    (bits, extra), (other_bits, other_extra) = one.bits(), other.bits()
+    assert [name for name in bits if bits[name] != other_bits[name]] == []
+    assert extra == other_extra
+
+
+def kill_often(program, num_kills):
+    """SIGKILL at random updates, each later than the one before; whatever is being written then is torn."""
+    process = program.begin()
+    for step in sorted(random.Random(5).sample(range(1, LAST - 20), num_kills)):
+        program.wait_for(step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = program.start("--resume", program.folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path, model, cache, alone):
+    out = kill_often(Program(tmp_path, model, cache), 3)
+    assert re.search(rf"going on from step \d+ of {LAST}", out)
+    same(Program(tmp_path, model), alone)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_compiled_anew_each_time(tmp_path, model, alone):
+    program = Program(tmp_path, model)
+    kill_often(program, 10)
+    same(program, alone)
+
+
+def test_a_half_written_checkpoint_is_ignored_with_a_message(tmp_path, model, cache, alone):
+    """Killed while step 14 is on its way to the disk; if it was there already, its last rename is undone."""
+    program = Program(tmp_path, model, cache)
+    process = program.begin()
+    program.wait_for(15, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished = program.folder / "checkpoints" / "14"
+    half = finished.with_name("14.orbax-checkpoint-tmp")
+    if finished.exists():
+        finished.rename(half)
+    (half,) = program.folder.glob("checkpoints/14.*")
+    out = program.finish("--resume", program.folder)
+    assert f"{half}: a half-written checkpoint, ignored" in out
+    assert f"going on from step 7 of {LAST}" in out
+    assert not half.exists()
+    same(program, alone)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, model, cache, alone):
+    program = Program(tmp_path, model, cache)
+    process = program.begin()
+    program.wait_for(10, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    step = int(
+        re.search(rf"stopped after step (\d+) of {LAST}, which is saved in {program.folder}/checkpoints", err)[1]
+    )
+    assert (program.folder / "checkpoints" / str(step)).is_dir()
+    (command,) = re.findall(r"Go on with: python -m experiments\.tests\.tiny_run (.*)", err)
+    out = program.finish(*command.split())
+    assert f"going on from step {step} of {LAST}" in out
+    same(program, alone)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, model, cache):
+    """While it evaluates, which takes for ever here."""
+    program = Program(tmp_path, model, cache)
+    program.environment["TINY_RUN_HANGS_AT"] = "30"
+    process = program.begin()
+    program.wait_for(30, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert "once more to stop at once" in process.stderr.readline() + process.stderr.readline()
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert f"Go on with: python -m experiments.tests.tiny_run --resume {program.folder}" in err
+
+
+def test_nan_stops_with_a_message(tmp_path, model, cache):
+    """A learning rate that leaves the range of float32: losses and gradients were finite until then."""
+    process = Program(tmp_path, model, cache).begin("--optimizer.learning-rate=1e38", "--optimizer.warmup-steps=0")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert re.search(r"(became|infinite) .*in update \d+; last checkpoint: none", err), err
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, model, cache, alone):
+    program = Program(tmp_path, model, cache)
+    program.finish("--model.source", model)
+    same(program, alone)
+
+
+def test_another_folder_is_refused_and_nothing_in_it_changes(tmp_path, alone):
+    def content():
+        return {path: path.read_bytes() for path in alone.folder.rglob("*") if path.is_file()}
+
+    before = content()
+    cases = {
+        "other settings": (alone, ["--method.beta=0.3"], r"another config \(method.beta: 0.1 there, 0.3 here\)"),
+        "another experiment": (None, [], "holds a run of 'tests.tiny_run', not of 'dpo_glass'"),
+    }
+    for program, arguments, message in cases.values():
+        command = ["--resume", str(alone.folder), *arguments]
+        module = "tests.tiny_run" if program else "experiments.dpo_glass"
+        done = subprocess.run(
+            [sys.executable, "-m", module, *command], cwd=ROOT, env=alone.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert re.search(message, done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+    assert content() == before
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_settings_come_back_from_the_folder(name):
+    original = registry.get(name)
+    changed = registry.override(original, {"method.beta": 0.7} if hasattr(original.method, "beta") else {})
+    changed = registry.override(
+        changed, {"optimizer.learning_rate": 7.0, "loop.num_steps": 99, "seed": 3, "pack": True}
+    )
+    described = json.loads(json.dumps(experiment.describe(changed)))
+    assert experiment.recall(original, described) == changed
+    assert experiment.describe(original) != experiment.describe(changed)
+
+
+def test_a_reference_without_adapters_is_refused(tmp_path):
+    wrong = dataclasses.replace(tiny_run.EXPERIMENT, reference="adapter", batch_size=16)
+    with pytest.raises(ValueError, match=r"model\.lora is None; use 'online'"):
+        experiment.run("tiny", wrong, root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
