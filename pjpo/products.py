@@ -26,6 +26,22 @@ def contract_rows(a: Array, b: Array) -> Array:
     return lax.platform_dependent(a, b, cpu=_contract_transposed if a.dtype == jnp.bfloat16 else plain, default=plain)
 
 
+def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
+    """`product` for decoding: a handful of rows x [.., D], no gradient; `transposed` is the kernel as [*out, D].
+
+    A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand.
+    """
+
+    def kernel_left(x, kernel, transposed):
+        rows = x.reshape(-1, x.shape[-1])
+        left = transposed.reshape(-1, x.shape[-1])
+        out = lax.optimization_barrier(dot(left, rows, (1,), (1,)))  # or XLA turns the product around
+        return out.T.astype(x.dtype).reshape(*x.shape[:-1], *transposed.shape[:-1])
+
+    ordinary = lambda x, kernel, transposed: product(x, kernel)  # noqa: E731
+    return lax.platform_dependent(x, kernel, transposed, cpu=kernel_left, default=ordinary)
+
+
 @jax.custom_vjp
 def product(x: Array, kernel: Array) -> Array:
     """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; the kernel is cast to it at use."""

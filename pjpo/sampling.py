@@ -1,4 +1,4 @@
-"""Decoding under jit: each prompt is prefilled once for its N completions, which then grow token by token in a KV cache.
+"""Decoding under jit: each prompt is prefilled once for its N completions, which grow token by token in a KV cache.
 
 A sequence's tokens depend on its own key and prompt alone, never on what else is in the batch or how it is padded.
 """
@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from pjpo.models import attention
-from pjpo.models.decoder import Decoder, head_table
+from pjpo.models.decoder import Decoder, head_table, transpose_kernels
 from pjpo.packing import prompt_keys
 from pjpo.products import dot
 
@@ -80,8 +80,8 @@ def generate(policy, params: dict, prompts: Prompts, key: Array, sampling: Sampl
     length = tokens.shape[1] + sampling.max_completion_tokens
     if length > policy.config.max_positions:
         raise ValueError(
-            f"prompt width {tokens.shape[1]} + max_completion_tokens {sampling.max_completion_tokens} = {length} exceeds the "
-            f"model's {policy.config.max_positions} positions; shorten one of them"
+            f"prompt width {tokens.shape[1]} + max_completion_tokens {sampling.max_completion_tokens} = {length} "
+            f"exceeds the model's {policy.config.max_positions} positions; shorten one of them"
         )
     beyond = [token for token in sampling.stop_tokens if token >= policy.config.vocab_size]
     if beyond:
@@ -106,12 +106,11 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
     length = prompts.mask.sum(1)[:, None]
     shape = (num_prompts, sampling.num_completions)
 
-    def with_room(cache):  # the completions' keys and values, beside the prompts'
-        k, v = cache
-        room = (*k.shape[:-2], shape[1], sampling.max_completion_tokens, k.shape[-1])
-        return k, v, jnp.zeros(room, k.dtype), jnp.zeros(room, v.dtype)
+    def with_room(cache):
+        return attention.decode_cache(cache, sampling.num_completions, sampling.max_completion_tokens)
 
-    caches = with_room(caches) if config.scan_layers else tuple(map(with_room, caches))
+    caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
+    params = transpose_kernels(config, params)
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))
     start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
 
@@ -165,7 +164,7 @@ def _keep_likely(sampling: Sampling, logits: Array) -> Array:
 def _draw(logits: Array, keys: Array, block: int = 256) -> Array:
     """One uniform number a sequence through the inverse distribution function; Gumbel noise would need V of them.
 
-    The running sum is taken over blocks, then inside one block, so that float32 loses little and no long scan is needed.
+    The running sum goes over blocks, then inside one block, so that float32 loses little and no long scan is needed.
     """
     vocab_size = logits.shape[-1]
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))

@@ -1,6 +1,6 @@
 """Attention over a shared prompt: one softmax over the prompt's keys and the completion's own.
 
-Letters: K key/value heads, Q query heads for each of them, H numbers a head. A projection `qkv` is [.., K, R, H] with R = Q + 2: per
+Letters: K key/value heads, Q query heads for each, H numbers a head. A projection `qkv` is [.., K, R, H], R = Q + 2: per
 key/value head its query heads, its key, its value. Scores and softmax are float32 whatever the compute dtype.
 """
 
@@ -17,7 +17,7 @@ MASKED = -1e30  # a score that is finite, so that a row with nothing to look at 
 
 
 def rotary(positions: Int[Array, "G M"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and signed sines [G, M, 1, 1, 2, H/2] that turn the two halves of a head, float32. Su et al. 2021, Eq. 34."""
+    """Cosines and signed sines [G, M, 1, 1, 2, H/2] that turn a head's halves, float32. Su et al. 2021, Eq. 34."""
     frequencies = theta ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) / (head_dim // 2))
     angles = (positions[:, :, None].astype(jnp.float32) * frequencies[None, None])[:, :, None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -73,21 +73,53 @@ def prefill(
     return out.transpose(0, 3, 1, 2, 4), (k, v)
 
 
+def decode_cache(
+    prompt_cache: tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]], num_completions: int, length: int
+) -> tuple[Array, ...]:
+    """What `decode` keeps: keys [B, K, H, P] and values [B, K, P, H] of prompts, then the completions', rows B*N.
+
+    Products take these shapes as they are; XLA would copy what it has to reshape between update and product.
+    """
+    k, v = prompt_cache
+    rows, kv_heads, head_dim = len(k) * num_completions, k.shape[1], k.shape[3]
+    blank = jnp.zeros((rows, kv_heads, length, head_dim), v.dtype)
+    return jnp.swapaxes(k, -1, -2), v, jnp.swapaxes(blank, -1, -2).astype(k.dtype), blank
+
+
 def decode(
     prompt_keys: Bool[Array, "B P"], step: Int[Array, ""], qkv: Float[Array, "B N K R H"], cache: tuple[Array, ...]
 ) -> tuple[Float[Array, "B N K Q H"], tuple[Array, ...]]:
-    """Token `step` of every completion attends to its prompt and to the completion so far.
-
-    The cache is the prompts' keys and values [B, K, P, H], then the completions' [B, K, N, T, H].
-    """
+    """Token `step` of every completion attends to its prompt and to the completion so far; see `decode_cache`."""
     prompt_k, prompt_v, keys, values = cache
-    q, k, v = _queries_keys_values(qkv.transpose(0, 2, 1, 3, 4)[..., None, :])  # [B, K, N, (Q,) 1, H]
-    keys = lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), step, axis=3)
-    values = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), step, axis=3)
-    visible = prompt_keys[:, None, None, None, None, :]
-    so_far = jnp.expand_dims(jnp.arange(keys.shape[3]) <= step, range(5))
-    out = _attend(q, [(prompt_k, prompt_v, "bksh", visible), (keys, values, "bknsh", so_far)])
-    return out[..., 0, :].transpose(0, 2, 1, 3, 4), (prompt_k, prompt_v, keys, values)
+    num_prompts, num_completions, *heads = qkv.shape
+    q, k, v = jnp.split(qkv.reshape(-1, *heads), [heads[1] - 2, heads[1] - 1], axis=2)  # [B*N, K, (Q, 1, 1), H]
+    q = q * q.shape[-1] ** -0.5
+    keys = lax.dynamic_update_slice_in_dim(keys, jnp.swapaxes(k, -1, -2).astype(keys.dtype), step, axis=3)
+    values = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), step, axis=2)
+
+    def by_prompt(x: Array) -> Array:  # [B*N, K, Q, ..] -> [B, K, N*Q, ..]
+        x = x.reshape(num_prompts, num_completions, *x.shape[1:])
+        return x.transpose(0, 2, 1, 3, 4).reshape(num_prompts, heads[0], -1, x.shape[-1])
+
+    def by_completion(x: Array) -> Array:  # its inverse
+        x = x.reshape(num_prompts, heads[0], num_completions, -1, x.shape[-1])
+        return x.transpose(0, 2, 1, 3, 4).reshape(-1, heads[0], *x.shape[3:])
+
+    to_prompt = jnp.where(prompt_keys[:, None, None], _einsum("bkqh,bkhs->bkqs", by_prompt(q), prompt_k), MASKED)
+    to_prompt = by_completion(to_prompt)
+    so_far = (jnp.arange(keys.shape[-1]) <= step)[None, None, None]
+    to_own = jnp.where(so_far, _einsum("bkqh,bkhs->bkqs", q, keys), MASKED)
+    peak = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
+    to_prompt, to_own = jnp.exp(to_prompt - peak), jnp.exp(to_own - peak)
+    total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)
+    out = by_completion(_einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), prompt_v))
+    out = (out + _einsum("bkqs,bksh->bkqh", to_own.astype(q.dtype), values)) / total
+    return out.astype(q.dtype).reshape(num_prompts, num_completions, heads[0], -1, heads[2]), (
+        prompt_k,
+        prompt_v,
+        keys,
+        values,
+    )
 
 
 def _queries_keys_values(heads: Array) -> tuple[Array, Array, Array]:
@@ -102,14 +134,11 @@ def _causal(length: int) -> Array:
 
 
 def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]]) -> Array:
-    """Queries [B, K, (N,) Q, T, H] over the union of several sources of (keys, values, their axes, which are visible)."""
+    """Queries [B, K, (N,) Q, T, H] over the union of sources: (keys, values, their axes, which are visible)."""
     axes = "bkqth" if q.ndim == 5 else "bknqth"
     weights, peak = [], None
     for keys, _, source, visible in sources:
-        product = jnp.einsum(
-            f"{axes},{source}->{axes[:-1]}s", q, keys, precision=_precision(q), preferred_element_type=_wide(q)
-        )
-        product = jnp.where(visible, product, MASKED)
+        product = jnp.where(visible, _einsum(f"{axes},{source}->{axes[:-1]}s", q, keys), MASKED)
         weights.append(product)
         highest = product.max(-1, keepdims=True)
         peak = highest if peak is None else jnp.maximum(peak, highest)
@@ -117,21 +146,14 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]]) -> Array:
     weights = [jnp.exp(product - peak) for product in weights]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = sum(
-        jnp.einsum(
-            f"{axes[:-1]}s,{source}->{axes}",
-            w.astype(q.dtype),
-            v,
-            precision=_precision(q),
-            preferred_element_type=_wide(q),
-        )
+        _einsum(f"{axes[:-1]}s,{source}->{axes}", w.astype(q.dtype), v)
         for w, (_, v, source, _) in zip(weights, sources, strict=True)
     )
     return (out / total).astype(q.dtype)
 
 
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _precision(x: Array):
-    return None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+def _einsum(axes: str, a: Array, b: Array) -> Array:
+    """To float32, as in `pjpo.products.dot`."""
+    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)

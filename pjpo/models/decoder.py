@@ -6,6 +6,7 @@ Letters beside those of `pjpo.types`: K key/value heads, Q query heads for each,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pjpo.models import lora
 from pjpo.models.attention import rotary, rotate
-from pjpo.products import product
+from pjpo.products import few_rows, product
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
 AXES = {
@@ -104,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """x [*rows, *D] times a kernel [*D, *out]."""
+    """x [*rows, *D] times a kernel [*D, *out]; beside it, for decoding, `transpose_kernels` may have put [*out, D]."""
 
     shape: tuple[int, ...]
     num_in: int  # how many leading axes of the kernel are contracted
@@ -115,8 +116,11 @@ class Kernel(nn.Module):
         axes = tuple(range(self.num_in)), tuple(range(self.num_in, len(self.shape)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=axes[0], out_axis=axes[1])
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        rows = x.shape[: x.ndim - self.num_in]
-        return product(x.reshape(*rows, -1), kernel.reshape(-1, *self.shape[self.num_in :]))
+        x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
+        kernel = kernel.reshape(-1, *self.shape[self.num_in :])
+        if self.has_variable("transposed", "kernel"):
+            return few_rows(x, kernel, self.get_variable("transposed", "kernel"))
+        return product(x, kernel)
 
 
 class Block(nn.Module):
@@ -145,8 +149,7 @@ class Block(nn.Module):
         qkv = _add_parts(qkv, [(queries, q), (key, 1), (value, 1)])
         attended, cache = attend(rotate(qkv, turns), cache)
         flat = attended.reshape(*attended.shape[:-3], -1)
-        x = x + Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended)
-        x = _add(x, adapter("o", flat, c.model_dim))
+        x = x + _add(Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended), adapter("o", flat, c.model_dim))
 
         normed = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         gate_up = Kernel((c.model_dim, 2, c.mlp_dim), 1, dtype, name="gate_up")(normed)
@@ -154,8 +157,8 @@ class Block(nn.Module):
             gate_up, [(adapter("gate", normed, 1, c.mlp_dim), 1), (adapter("up", normed, 1, c.mlp_dim), 1)]
         )
         hidden = swiglu(gate_up)
-        x = x + Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden)
-        return _add(x, adapter("down", hidden, c.model_dim)), cache
+        down = Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden)
+        return x + _add(down, adapter("down", hidden, c.model_dim)), cache
 
 
 def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
@@ -166,6 +169,7 @@ def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
 
 
 def _add(x: Array, update: Array | None) -> Array:
+    """A projection and its adapter, added to each other first: a zero update must not change how bfloat16 rounds."""
     return x if update is None else x + update
 
 
@@ -184,7 +188,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "G M"], positions: Int[Array, "G M"], attend: Callable, caches: Any = None):
-        """Hidden states [G, M, D] and every layer's cache: a tuple, or one stacked on axis 0 when layers are scanned."""
+        """Hidden states [G, M, D] and every layer's cache: a tuple, or stacked on axis 0 when layers are scanned."""
         c = self.config
         embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
         x = embed()[tokens].astype(c.dtype)
@@ -193,7 +197,7 @@ class Decoder(nn.Module):
         if c.scan_layers:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "lora": 0},
+                variable_axes={"params": 0, "lora": 0, "transposed": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=c.num_layers,
@@ -224,6 +228,24 @@ class Table(nn.Module):
 def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
     """The output head's rows: the embedding where the two are tied."""
     return params["params"]["embed" if config.tied_head else "head"]["table"]
+
+
+def transpose_kernels(config: Config, params: dict) -> dict:
+    """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in the compute dtype."""
+
+    def transpose(path: tuple, kernel: Array) -> Array:
+        first = 1 if config.scan_layers else 0
+        num_in = first + (3 if path[-2].key == "out" else 1)
+        layers, inputs, out = kernel.shape[:first], math.prod(kernel.shape[first:num_in]), kernel.shape[num_in:]
+        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1)
+        return jax.lax.optimization_barrier(matrix.astype(config.dtype))
+
+    names = {name: tree for name, tree in params["params"].items() if name.startswith("layers")}
+    kernels = {
+        layer: {name: {"kernel": leaves["kernel"]} for name, leaves in tree.items() if "kernel" in leaves}
+        for layer, tree in names.items()
+    }
+    return params | {"transposed": jax.tree_util.tree_map_with_path(transpose, kernels)}
 
 
 def stack_layers(params: dict) -> dict:
