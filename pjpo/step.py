@@ -117,7 +117,7 @@ def make_update(
         grads = jax.tree.map(lambda g: (g / jnp.maximum(mean.count, 1)).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         params = optax.apply_updates(trainable, updates) | frozen
-        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.global_norm(grads))}
+        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.tree.norm(grads))}
         if schedule is not None:
             metrics["learning_rate"] = Mean.of(jnp.asarray(schedule(state.step), jnp.float32))
         return sharding.constrain(State(params, opt_state, state.step + 1, state.key), mesh), metrics
