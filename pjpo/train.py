@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import signal
@@ -176,10 +175,13 @@ def _total(metrics: list[dict[str, Mean]]) -> dict[str, Mean]:
     return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *metrics)
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
+def _all_finite(tree: Any) -> bool:
+    """Leaf by leaf: few shapes to compile for, where a whole tree may have thousands of leaves."""
     numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in numbers], jnp.array(True))
+    return all(jax.device_get([_finite(leaf) for leaf in numbers]))
+
+
+_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
 
 class _Interruption:

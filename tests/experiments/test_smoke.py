@@ -29,7 +29,7 @@ DPO = {"loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"} 
 
 def write_pairs(path):
     """Rows of HH's two columns, of words that the tiny model knows."""
-    words = "Alice Rabbit Queen looked said thought garden little door never always quite curious tea".split()
+    words = ["Alice", "Rabbit", "Queen", "looked", "said", "thought", "garden", "little", "door", "never", "tea"]
     rng = random.Random(0)
 
     def text(count):
