@@ -1,0 +1,267 @@
+"""Samples against teacher forcing, the oracle's likeliest tokens, and the distributions that the settings name."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from pjpo.models import load, lora
+from pjpo.sampling import Prompts, Sampling, choose, sequence_keys
+from pjpo.types import Batch
+from tests import tiny
+from tests.models import plain_llama
+
+LOGPS_BOUND = 1e-5  # nats a token between decoding and teacher forcing; measured: 4e-6
+MODELS = {
+    "plain": {},
+    "scanned": {"scan_layers": True},
+    "adapters": {"lora": lora.Config(rank=2, alpha=2.0)},
+    "scanned adapters, own head": {
+        "lora": lora.Config(rank=2, alpha=2.0, targets=("q", "k", "o", "down")),
+        "scan_layers": True,
+        "tied_head": False,
+    },
+}
+SETTINGS = Sampling(num_completions=3, max_completion_tokens=6)
+
+
+def make_prompts(seed=0, num_prompts=4, width=5):
+    batch = tiny.ragged(np.random.default_rng(seed), num_prompts, width)
+    return Prompts(batch.prompt_tokens, batch.prompt_mask)
+
+
+def assert_teacher_forcing_agrees(policy, params, prompts, completions):
+    batch = Batch.of(
+        prompt_tokens=prompts.tokens,
+        prompt_mask=prompts.mask,
+        completion_tokens=completions.tokens,
+        completion_mask=completions.mask,
+    )
+    np.testing.assert_allclose(completions.logps, policy.logps(params, batch), rtol=0, atol=LOGPS_BOUND)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logps_equal_teacher_forcing(name):
+    policy = tiny.make_policy(**MODELS[name])
+    params, prompts = tiny.make_params(policy), make_prompts()
+    settings = dataclasses.replace(SETTINGS, stop_tokens=(3, 8, 30), temperature=0.7, top_k=30)
+    completions = policy.generate(params, prompts, jax.random.key(0), settings)
+    assert (completions.tokens.dtype, completions.mask.dtype, completions.logps.dtype) == (jnp.int32, bool, jnp.float32)
+    assert 0 < completions.mask.mean() < 1
+    assert_teacher_forcing_agrees(policy, params, prompts, completions)
+
+
+def test_logps_of_a_pretrained_model_equal_teacher_forcing():
+    if importlib.util.find_spec("glassllm") is None:
+        pytest.skip("glassllm is not installed")
+    policy, params, tokenizer = load("glassllm-en")
+    ids = [tokenizer.encode(text) for text in ("Once upon a time", "The cat")]
+    width = max(map(len, ids))
+    mask = np.arange(width)[None] < np.array([[len(row)] for row in ids])
+    prompts = Prompts(np.array([np.resize(row, width) for row in ids], np.int32), mask)
+    settings = Sampling(num_completions=4, max_completion_tokens=24)
+    assert_teacher_forcing_agrees(
+        policy, params, prompts, policy.generate(params, prompts, jax.random.key(0), settings)
+    )
+
+
+def test_greedy_is_the_oracles_likeliest_token():
+    policy = tiny.make_policy()
+    params, prompts = tiny.make_params(policy), make_prompts()
+    settings = Sampling(max_completion_tokens=6, temperature=0.0, num_completions=2)
+    tokens, mask, _ = policy.generate(params, prompts, jax.random.key(0), settings)
+    assert mask.all()
+    np.testing.assert_array_equal(tokens[:, 0], tokens[:, 1])
+    rows = np.zeros((4, 11), np.int32)
+    sizes = prompts.mask.sum(1)
+    for row, tokens_of_row, prompt_mask in zip(rows, prompts.tokens, prompts.mask, strict=True):
+        row[: prompt_mask.sum()] = tokens_of_row[prompt_mask]
+    logits = jax.jit(plain_llama.logits, static_argnums=0)
+    for step in range(6):
+        likeliest = logits(policy.config, params, rows)[np.arange(4), sizes + step - 1].argmax(-1)
+        np.testing.assert_array_equal(tokens[:, 0, step], likeliest)
+        rows[np.arange(4), sizes + step] = likeliest
+
+
+def test_a_sample_depends_on_its_own_key_alone():
+    policy = tiny.make_policy()
+    params = tiny.make_params(policy)
+    prompts = make_prompts(num_prompts=6)
+    settings = dataclasses.replace(SETTINGS, top_p=0.95, stop_tokens=(5,))
+    keys = sequence_keys(jax.random.key(7), 6, 3)
+    whole = policy.generate(params, prompts, keys, settings)
+    for row, n in ((0, 0), (3, 2), (5, 1)):
+        own = prompts.tokens[row][prompts.mask[row]]
+        for before, after in ((7 - own.size, 0), (0, 6 - own.size)):  # padded on the left, on the right; other widths
+            tokens = np.pad(own, (before, after), constant_values=9)[None]
+            mask = np.pad(np.ones(own.size, bool), (before, after))[None]
+            one = dataclasses.replace(settings, num_completions=1)
+            alone = policy.generate(params, Prompts(tokens, mask), keys[row : row + 1, n : n + 1], one)
+            np.testing.assert_array_equal(alone.tokens[0, 0], whole.tokens[row, n])
+            np.testing.assert_array_equal(alone.mask[0, 0], whole.mask[row, n])
+            np.testing.assert_allclose(alone.logps[0, 0], whole.logps[row, n], rtol=0, atol=LOGPS_BOUND)
+    same = policy.generate(params, prompts, jax.random.key(7), settings)
+    jax.tree.map(np.testing.assert_array_equal, same, whole)
+    other = policy.generate(params, prompts, jax.random.key(8), settings)
+    assert np.any(other.tokens != whole.tokens)
+    assert np.any(whole.tokens[:, 0] != whole.tokens[:, 1])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_prompts_may_be_a_plain_pair_of_arrays():
+    policy = tiny.make_policy()
+    params, prompts, key = tiny.make_params(policy), make_prompts(), jax.random.key(0)
+    settings = dataclasses.replace(SETTINGS, top_p=0.95, stop_tokens=(5,))
+    pair = policy.generate(params, (jnp.asarray(prompts.tokens), prompts.mask), key, settings)
+    jax.tree.map(np.testing.assert_array_equal, pair, policy.generate(params, prompts, key, settings))
+
+
+def test_keys_are_folded_by_row_and_number():
+    keys, key = sequence_keys(jax.random.key(3), 4, 2), jax.random.key(3)
+    for b, n in np.ndindex(4, 2):
+        expected = jax.random.fold_in(jax.random.fold_in(key, b), n)
+        np.testing.assert_array_equal(jax.random.key_data(keys[b, n]), jax.random.key_data(expected))
+
+
+def frequencies(logits, num_draws=20_000, **settings):
+    """How often each token is chosen, [V], with a key for each draw."""
+    keys = jax.random.split(jax.random.key(0), num_draws)[None]
+    drawn = jax.jit(lambda logits, keys: choose(Sampling(max_completion_tokens=1, **settings), logits, keys))
+    many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None, None], (1, num_draws, len(logits)))
+    return np.bincount(np.asarray(drawn(many, keys))[0], minlength=len(logits))
+
+
+def assert_drawn_from(probabilities, **settings):
+    """Chi-square over the tokens that may occur; none of the others does. Keys are fixed, so this is no lottery."""
+    logits = np.log(np.array([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.1 - 1e-3, 1e-3]))
+    counts, probabilities = frequencies(logits, **settings), np.array(probabilities) / np.sum(probabilities)
+    np.testing.assert_array_equal(counts[probabilities == 0], 0)
+    kept = probabilities > 0
+    if kept.sum() > 1:
+        assert stats.chisquare(counts[kept], counts.sum() * probabilities[kept]).pvalue > 0.01
+
+
+def test_draws_follow_the_softmax():
+    assert_drawn_from([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001])
+
+
+def test_temperature_raises_to_a_power():
+    assert_drawn_from(np.array([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001]) ** 2, temperature=0.5)
+
+
+def test_top_k_keeps_the_likeliest():
+    assert_drawn_from([0, 0.3, 0, 0.25, 0, 0.2, 0, 0], top_k=3)
+    assert_drawn_from([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001], top_k=100)
+
+
+def test_top_p_keeps_the_fewest_that_reach_it():
+    assert_drawn_from([0, 0.3, 0, 0.25, 0, 0, 0, 0], top_p=0.5)
+    assert_drawn_from([0, 0.3, 0.1, 0.25, 0, 0.2, 0, 0], top_p=0.8)
+    assert_drawn_from([0, 1, 0, 0, 0, 0, 0, 0], top_p=1e-6)
+
+
+def test_min_p_is_a_fraction_of_the_likeliest():
+    assert_drawn_from([0, 0.3, 0.1, 0.25, 0, 0.2, 0, 0], min_p=0.332)  # at least 0.0996
+    assert_drawn_from([0, 0.3, 0, 0.25, 0, 0.2, 0, 0], min_p=0.34)
+
+
+def test_filters_apply_in_turn_and_after_the_temperature():
+    # Of the three likeliest, 0.3 + 0.25 of 0.75 reach 0.7; then 0.25 is below 0.9 of 0.3.
+    assert_drawn_from([0, 0.3, 0, 0.25, 0, 0, 0, 0], top_k=3, top_p=0.7)
+    assert_drawn_from([0, 1, 0, 0, 0, 0, 0, 0], top_k=3, top_p=0.7, min_p=0.9)
+    # Squared and normalised, 0.3 and 0.25 have 0.41 and 0.29, which reach 0.7: at temperature 1 it would take 0.2 too.
+    assert_drawn_from([0, 0.09, 0, 0.0625, 0, 0, 0, 0], temperature=0.5, top_p=0.69)
+
+
+def test_draws_follow_the_softmax_across_blocks_of_a_large_vocabulary():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=1000) * 3
+    counts = frequencies(logits)
+    expected = np.exp(logits) / np.exp(logits).sum() * counts.sum()
+    rare = expected < 20  # told apart by nothing; one bin of them
+    observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    assert len(observed) > 50
+    assert stats.chisquare(observed, expected).pvalue > 0.01
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits = np.full(600, -np.inf)
+    logits[[0, 255, 256, 599]] = 0
+    counts = frequencies(logits)
+    assert counts[[0, 255, 256, 599]].sum() == counts.sum()
+    assert stats.chisquare(counts[[0, 255, 256, 599]]).pvalue > 0.01
+
+
+def test_a_completion_ends_with_its_stop_token_and_is_zero_after():
+    policy = tiny.make_policy()
+    params, prompts = tiny.make_params(policy), make_prompts()
+    settings = dataclasses.replace(SETTINGS, max_completion_tokens=12)
+    free = policy.generate(params, prompts, jax.random.key(0), settings)
+    stops = (3, 8, 30, 0)
+    stopped = policy.generate(params, prompts, jax.random.key(0), dataclasses.replace(settings, stop_tokens=stops))
+    ended = np.isin(free.tokens, stops)
+    length = np.where(ended.any(-1), ended.argmax(-1) + 1, 12)
+    assert len(np.unique(length)) > 1
+    mask = np.arange(12)[None, None] < length[..., None]
+    np.testing.assert_array_equal(stopped.mask, mask)
+    np.testing.assert_array_equal(stopped.tokens, np.where(mask, free.tokens, 0))
+    np.testing.assert_allclose(stopped.logps, np.where(mask, free.logps, 0), rtol=0, atol=LOGPS_BOUND)
+    assert free.mask.all()
+
+
+def test_decoding_stops_when_every_completion_has_ended(monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        "pjpo.sampling._step_keys",
+        lambda keys, step: (jax.debug.callback(steps.append, step), jax.vmap(jax.vmap(lambda key: key))(keys))[1],
+    )
+    policy = tiny.make_policy(rope_theta=101.0)  # a config of its own, so that nothing compiled before is used
+    settings = Sampling(max_completion_tokens=20, stop_tokens=tuple(range(37)))
+    completions = policy.generate(tiny.make_params(policy), make_prompts(), jax.random.key(0), settings)
+    jax.effects_barrier()
+    assert len(steps) == 1
+    np.testing.assert_array_equal(completions.mask.sum(-1), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_completion_tokens": 0}, "max_completion_tokens must be >= 1, got 0"),
+        ({"num_completions": 0}, "num_completions must be >= 1, got 0"),
+        *[({"temperature": x}, f"temperature must be >= 0 and finite, got {x}") for x in (-0.1, np.inf, np.nan)],
+        ({"top_k": -1}, "top_k must be >= 0, got -1"),
+        *[({"top_p": x}, rf"top_p must be in \(0, 1\], got {x}") for x in (0.0, -0.5, 1.5, np.nan)],
+        *[({"min_p": x}, rf"min_p must be in \[0, 1\), got {x}") for x in (1.0, -0.5, np.nan)],
+        ({"stop_tokens": (3, -1)}, r"stop_tokens must be token ids, >= 0, got \(3, -1\)"),
+    ],
+)
+def test_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=f"^sampling: {message}"):
+        Sampling(**{"max_completion_tokens": 4} | settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "key", "settings", "message"),
+    [
+        ((np.zeros((2, 3), int), np.ones((2, 4), bool)), None, {}, r"of one shape \[B, P\], got \(2, 3\) and \(2, 4\)"),
+        ((np.zeros(3, int), np.ones(3, bool)), None, {}, r"of one shape \[B, P\], got \(3,\)"),
+        ((np.zeros((2, 3), int), np.array([[1, 1, 0], [0, 0, 0]], bool)), None, {}, "prompt 1 is empty"),
+        (
+            (np.zeros((2, 60), int), np.ones((2, 60), bool)),
+            None,
+            {},
+            r"width 60 \+ max_completion_tokens 6 = 66 exceeds",
+        ),
+        (make_prompts(), None, {"stop_tokens": (3, 37)}, r"stop_tokens \[37\] are outside the vocabulary of 37"),
+        (make_prompts(), (4, 2), {}, r"keys \[B, N\] = \(4, 3\), got \(4, 2\)"),
+    ],
+)
+def test_prompts_and_keys_that_do_not_fit_are_refused(prompts, key, settings, message):
+    policy = tiny.make_policy()
+    key = jax.random.key(0) if key is None else sequence_keys(jax.random.key(0), *key)
+    with pytest.raises(ValueError, match=message):
+        policy.generate(tiny.make_params(policy), Prompts(*prompts), key, dataclasses.replace(SETTINGS, **settings))
