@@ -31,6 +31,7 @@ PANELS = (  # title, what the vertical axis shows, metrics (the last part of the
     ("Gradient norm", "before clipping", ("grad_norm",)),
     ("Learning rate", "", ("learning_rate",)),
     ("Speed", "tokens per second", ("*tokens_per_second",)),
+    ("Tokens seen", "prompts and completions", ("num_tokens",)),
 )
 UNITS = {  # of metrics that stand alone
     "kl": "nats per completion",
@@ -130,7 +131,7 @@ def frontier(*several: runs.Run, rewards: Sequence[str] = ("reward_vader", "rewa
                 _note(axes, f"n = {num}", (kl, value), "#666666", (-7, 3), ha="right")
             axes.set(title=f"{reward} against KL", ylabel=_unit(reward), xlabel=f"KL to the reference, {UNITS['kl']}")
             axes.margins(0.12)
-            axes.legend(loc="lower right")
+            axes.legend(loc="best")
     return figure
 
 
@@ -305,6 +306,11 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def _decimals(value: Any) -> str:
+    """Measurements under each other line up, and a rounding error of 1e-7 is nought."""
+    return f"{value:.3f}" if isinstance(value, float) else _number(value)
+
+
 def _table(numbers: Mapping[str, Any]) -> str:
     return _rows([], [[html.escape(name), _number(value)] for name, value in numbers.items()])
 
@@ -326,13 +332,14 @@ def _results(run: runs.Run) -> str:
         cells = []
         for numbers in (start, end):
             error = numbers.get(f"{name}_stderr")
-            cells.append(_number(numbers.get(name, "")) + (f" <small>± {_number(error)}</small>" if error else ""))
-        change = f"{end[name] - start[name]:+.4g}" if name in start and name in end else ""
+            value = _decimals(numbers[name]) if name in numbers else ""
+            cells.append(value + (f" <small>± {_decimals(error)}</small>" if error else ""))
+        change = f"{end[name] - start[name]:+.3f}" if name in start and name in end else ""
         rows.append([html.escape(name), *cells, change])
     tables = _rows(["", "start", "end", "change"], rows)
     best = _best_of(run)
     names = list(dict.fromkeys(name for row in best.values() for name in row))
-    rows = [[f"best of {num}", *(_number(row.get(name, "")) for name in names)] for num, row in best.items()]
+    rows = [[f"best of {num}", *(_decimals(row.get(name, "")) for name in names)] for num, row in best.items()]
     tables += _rows(["", *map(html.escape, names)], rows)
     known = ("start/", "eval/", "best_of/", "counts/")
     tables += _table({name: value for name, value in run.summary.items() if not name.startswith(known)})

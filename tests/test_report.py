@@ -67,9 +67,9 @@ def test_the_report_has_every_section(page):
 
 def test_results_stand_side_by_side(run, page):
     start, end = run.summary["start/reward_vader"], run.summary["eval/reward_vader"]
-    assert f"<th>reward_vader<td>{start:.4g} <small>± 0.02</small><td>{end:.4g}" in page
-    assert f"<td>{end - start:+.4g}" in page
-    assert "<th>best of 4<td>0.63<td>0.64<td>0.6363" in page
+    assert f"<th>reward_vader<td>{start:.3f} <small>± 0.020</small><td>{end:.3f}" in page
+    assert f"<td>{end - start:+.3f}" in page
+    assert "<th>best of 4<td>0.630<td>0.640<td>0.636" in page
 
 
 def test_samples_first_and_last_side_by_side(page):
