@@ -112,6 +112,8 @@ def recall(value: Any, described: Any) -> Any:
         return dataclasses.replace(value, **{name: recall(getattr(value, name), described[name]) for name in fields})
     if callable(value):
         return value
+    if isinstance(value, float) and isinstance(described, str):
+        return float(described)  # what is not finite, as a run's folder spells it
     return tuple(described) if isinstance(described, list) else described
 
 
