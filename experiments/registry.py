@@ -96,7 +96,7 @@ def launch(value: Experiment, argv: list[str] | None = None) -> None:
         experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
     except (train.Stopped, KeyboardInterrupt) as stopped:
         raise SystemExit(str(stopped) or "stopped") from None
-    except (ValueError, FloatingPointError, ModuleNotFoundError, OSError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
         if not is_told(error):
             raise
         raise SystemExit(str(error)) from None
@@ -105,6 +105,7 @@ def launch(value: Experiment, argv: list[str] | None = None) -> None:
 def is_told(error: Exception) -> bool:
     """Whether the message is enough: the machine's fault, or what a `raise` of this project says. The rest are bugs."""
     last = error.__traceback__
+    assert last is not None, "asked about an error that nobody raised"
     while last.tb_next:
         last = last.tb_next
     code = last.tb_frame.f_code
