@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from pjpo import sampling
 from pjpo.logps import token_logps
 from pjpo.models import attention
 from pjpo.models.decoder import Config, Decoder, head_table
 from pjpo.models.streams import Streams
+from pjpo.sampling import Completions, Prompts, Sampling, generate
 from pjpo.types import Batch
 
 
@@ -44,23 +44,24 @@ class Policy:
         width, length = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
         if width + length > self.config.max_positions:
             raise ValueError(
-                f"prompt width {width} + completion width {length} exceeds the model's {self.config.max_positions} positions"
+                f"prompt width {width} + completion width {length} exceeds the model's {self.config.max_positions} "
+                "positions; shorten one of them"
             )
         return _logps(self.config, params, batch)
 
-    def generate(self, params: dict, prompts, key: Array, settings: sampling.Sampling) -> sampling.Completions:
+    def generate(self, params: dict, prompts: Prompts | tuple, key: Array, sampling: Sampling) -> Completions:
         """N completions of each prompt, with masks and log-probs that teacher forcing repeats.
 
         Args:
             params: parameters.
             prompts: `pjpo.sampling.Prompts`, or a pair of arrays: tokens and mask, [B, P].
             key: one key, from which sequence (b, n) gets fold_in(fold_in(key, b), n); or one for each, [B, N].
-            settings: how many tokens, how they are chosen, where to stop.
+            sampling: how many tokens, how they are chosen, where to stop.
 
         Raises:
             ValueError: an empty prompt, more positions than the model has, a stop token outside the vocabulary.
         """
-        return sampling.generate(self, params, prompts, key, settings)
+        return generate(self, params, prompts, key, sampling)
 
     def trainable(self, params: dict) -> tuple[dict, dict]:
         """(what the optimizer changes, what stays): the adapters and the rest where there are adapters."""
@@ -84,6 +85,6 @@ def _logps(config: Config, params: dict, batch: Batch) -> Array:
     logps = token_logps(hidden, head_table(config, params), targets, config.head_block_numbers)
     everywhere = jnp.pad(logps, [(0, 0), (streams.tokens.shape[1] - logps.shape[1], 0)])
     _, logps = streams.split(streams.to_slots(everywhere))
-    # A completion without a prompt has nothing to predict its first token from: nan there, rather than a made-up number.
+    # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.
     unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
     return jnp.where(batch.completion_mask, jnp.where(unpredicted, jnp.nan, logps), 0)
