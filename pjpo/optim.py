@@ -15,12 +15,12 @@ class Config:
     learning_rate: float  # at its peak
     name: Literal["adamw", "rmsprop", "adafactor", "sgd"] = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up; the last two fall to zero
-    warmup_steps: int = 0  # linear from zero
+    warmup_steps: int = 0  # linear; the first update takes 1 / warmup_steps of the peak
     weight_decay: float = 0.0  # adamw only; norm scales are spared
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm; inf never clips
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # adamw's, and sgd's momentum; adafactor reads none of these three
+    beta2: float = 0.999  # adamw's, and rmsprop's decay
+    epsilon: float = 1e-8  # adamw's and rmsprop's
 
     def __post_init__(self):
         checks = {
@@ -57,7 +57,6 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
     }[config.schedule]
     if not config.warmup_steps:
         return after
-    # Update 0 already moves: it takes 1/warmup of the peak.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 

@@ -87,7 +87,7 @@ def test_help_shows_every_override_with_its_comment(command, begun, name):
         "--resume {None}|PATH folder of a run to go on with",
         "--smoke, --no-smoke a minute's worth",
         "--model.source STR a packaged name, a Hugging Face folder",
-        "--optimizer.warmup-steps INT linear from zero",
+        "--optimizer.warmup-steps INT linear; the first update takes",
         "--loop.evaluate-every-steps INT beside the first and the last",
         "--data.num-held-out INT",
         "--reference {none,online,stored,adapter} none, online",
