@@ -87,7 +87,7 @@ def shardings(tree, mesh: Mesh):
 
     def of_leaf(path, leaf) -> NamedSharding:
         partition = spec(path, leaf)
-        for size, axis in zip(leaf.shape, partition):
+        for size, axis in zip(leaf.shape, partition, strict=False):
             if axis and size % mesh.shape[axis]:
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)} has an axis of {size}, which mesh axis '{axis}' of "
