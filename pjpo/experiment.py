@@ -172,7 +172,8 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
         say=say,
     )
     written = any(row.get("kind") == "token_rewards" for row in runs.read(folder.path).samples)
-    if experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
+    is_pairs = first.completion_tokens.shape[1] == 2
+    if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
         placed = context.place(first)  # in the shapes of the step-0 gate: nothing to compile
         logps, ref_logps = (policy.logps(p, placed)[:4] for p in (state.params, reference_model.of(state)))
         shown = jax.tree.map(lambda x: x[:4], first)
