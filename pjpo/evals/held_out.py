@@ -21,6 +21,10 @@ class Result:
 class Config:
     batch_size: int = 8  # examples scored together
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"held-out evaluation: batch_size must be >= 1, got {self.batch_size}")
+
     def build(self, context, data):
         """A function (params, ref_params) -> Result over `data.held_out`, in one shape for each bucket.
 

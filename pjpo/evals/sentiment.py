@@ -71,7 +71,12 @@ class Evaluation:
         """Rewards as their scorers give them, KL in nats per completion, lengths in tokens; `_stderr` is over openings.
 
         `kl` is the mean over samples of the log-ratio of the whole completion, an unbiased estimate of the sequence KL.
+
+        Raises:
+            ValueError: no reference to measure the KL to.
         """
+        if ref_params is None:
+            raise ValueError("sentiment: KL needs a reference; set reference to adapter, online or stored")
         sampling = Sampling(
             num_completions=self.config.num_completions,
             max_completion_tokens=self.config.max_completion_tokens,
