@@ -1,8 +1,8 @@
 """Low-rank adapters. Hu et al. 2021, arXiv:2106.09685, Eq. 3: x W + alpha/rank (x A) B, with B = 0 at the start.
 
 Their parameters live in a Flax collection of their own, "lora", so the reference model is the same weights without it
-and an optimizer can hold state for the adapters alone. A starts uniform with variance 2 / D (He et al. 2015), 6 times that
-of PEFT's default, so learning rates do not carry over as they are.
+and an optimizer can hold state for the adapters alone. A starts uniform with variance 2 / D (He et al. 2015), 6 times
+that of PEFT's default, so learning rates do not carry over as they are.
 """
 
 import dataclasses
