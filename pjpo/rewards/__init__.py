@@ -1,0 +1,1 @@
+"""Texts to scores, by rule or by a model."""
