@@ -4,6 +4,7 @@ from setuptools import find_namespace_packages, setup
 
 CORE = [
     "jax>=0.10",  # arrays, gradients, compilation; 0.10 is the newest line for Python 3.11
+    "numpy>=2.0",  # arrays on the host: data, rewards, reports
     "flax>=0.12",  # Linen modules: the decoder
     "optax>=0.2.8",  # optimizers and schedules
     "orbax-checkpoint>=0.12",  # asynchronous checkpoints, restored onto any mesh
