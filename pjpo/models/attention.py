@@ -1,7 +1,7 @@
 """Attention over a shared prompt: one softmax over the prompt's keys and the completion's own.
 
-Letters: K key/value heads, Q query heads for each, H numbers a head. A projection `qkv` is [.., K, R, H], R = Q + 2: per
-key/value head its query heads, its key, its value. Scores and softmax are float32 whatever the compute dtype.
+Letters: K key/value heads, Q query heads for each, H numbers a head. A projection `qkv` is [.., K, R, H], R = Q + 2:
+per key/value head its query heads, its key, its value. Scores and softmax are float32 whatever the compute dtype.
 """
 
 from __future__ import annotations
