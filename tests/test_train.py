@@ -260,6 +260,18 @@ def test_interrupted_with_bad_parameters_it_saves_none(run):
     assert run.saved.step == 3
 
 
+def test_a_folder_that_cannot_be_closed_does_not_hide_why_it_stopped(run, monkeypatch):
+    def close(folder, close=runs.RunFolder.close):
+        close(folder)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.RunFolder, "close", close)
+    with pytest.raises(FloatingPointError, match="in update 5"):
+        run.train(poisoned(5))
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # writes that TensorStore gave up
 def test_a_write_that_fails(tmp_path):
     """A limit on the size of files stands in for the full disk."""
