@@ -137,10 +137,9 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
     folder.summary({f"counts/{what}": count for what, count in data.counts.items()})
     context = dataclasses.replace(context, buckets=Buckets.of(data.train + data.held_out))
     reference_model = _ReferenceModel(experiment.reference, policy, params, folder)
-    first = collate(data.train[: experiment.batch_size], context.buckets)
-    reference_model.check_start(experiment, first, context)
     evaluation = _Evaluation(experiment, context, data, reference_model, folder)
 
+    batches = Batches(data.train, batch_size=experiment.batch_size, seed=experiment.seed, buckets=context.buckets)
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
     num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
 
@@ -148,6 +147,9 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
         batch = reference_model.attach(batch)
         return context.place(packing.pack(batch, num_groups=num_groups) if experiment.pack else batch)
 
+    first = collate(data.train[: experiment.batch_size], context.buckets)
+    prepared = prepare(first)
+    reference_model.check_start(experiment, prepared)
     state = train.train(
         experiment.loop,
         update=step.make_update(
@@ -160,9 +162,12 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
             schedule=schedule,
             num_microbatches=experiment.num_microbatches,
         ),
-        state=step.init_state(policy, params, optimizer, state_key, mesh),
+        # Where nothing reads the start's own arrays any more, the state takes them over: weights are held once.
+        state=step.init_state(
+            policy, params, optimizer, state_key, mesh, keep_params=experiment.reference in ("online", "stored")
+        ),
         ref_params=reference_model.params if experiment.reference == "online" else None,
-        batches=Batches(data.train, batch_size=experiment.batch_size, seed=experiment.seed, buckets=context.buckets),
+        batches=batches,
         prepare=prepare,
         evaluate=evaluation if experiment.evaluation else None,
         trainable=lambda state: dataclasses.replace(state, params=policy.trainable(state.params)[0]),
@@ -174,8 +179,8 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
     written = any(row.get("kind") == "token_rewards" for row in runs.read(folder.path).samples)
     is_pairs = first.completion_tokens.shape[1] == 2
     if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
-        placed = context.place(first)  # in the shapes of the step-0 gate: nothing to compile
-        logps, ref_logps = (policy.logps(p, placed)[:4] for p in (state.params, reference_model.of(state)))
+        # In the shapes of the step-0 gate, for which everything is compiled.
+        logps, ref_logps = (policy.logps(p, prepared)[:4] for p in (state.params, reference_model.of(state)))
         shown = jax.tree.map(lambda x: x[:4], first)
         labels = ("chosen", "rejected")
         rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, tokenizer, labels)
@@ -199,16 +204,16 @@ class _ReferenceModel:
     def attach(self, batch: Batch) -> Batch:
         return self.store.attach(batch) if self.store else batch
 
-    def check_start(self, experiment: Experiment, batch: Batch, context: Context) -> None:
-        """The step-0 gate; see `pjpo.reference.check_start`."""
+    def check_start(self, experiment: Experiment, batch: Batch) -> None:
+        """The step-0 gate, on a prepared batch; see `pjpo.reference.check_start`."""
         if self.kind == "none":
             return
         ref_params = self.policy.without_adapters(self.params) if self.kind == "adapter" else self.params
-        ref_logps = self.attach(batch).ref_logps if self.store else self.policy.logps(ref_params, context.place(batch))
-        logps = self.policy.logps(self.params, context.place(batch))
+        ref_logps = batch.ref_logps if self.store else self.policy.logps(ref_params, batch)
         # Stored bfloat16 numbers may come from a batch of another shape, which a GPU rounds otherwise.
         coarse = self.store is not None and self.policy.config.dtype == "bfloat16"
         allowed = {"tolerance": 1e-2, "token_tolerance": 0.25} if coarse else {}
+        logps = self.policy.logps(self.params, batch)
         reference.check_start(experiment.loss, experiment.method, batch, logps, ref_logps, **allowed)
 
 

@@ -31,12 +31,17 @@ class State:
     key: Array  # folded with the step where it is used, never replaced
 
 
-def init_state(policy, params: dict, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh) -> State:
+def init_state(
+    policy, params: dict, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh, *, keep_params: bool = True
+) -> State:
     """A state on the mesh with fresh optimizer moments, cut like the parameters they belong to.
 
-    It holds copies, as updates donate it; the arrays passed in stay the caller's, to keep as a reference or to drop.
+    Updates donate it, so it holds copies, and `params` stay the caller's, to be the reference; with `keep_params=False`
+    it takes them over, and the first update deletes them.
     """
-    params, key = jax.tree.map(jnp.copy, (sharding.place(params, mesh), key))
+    params, key = sharding.place(params, mesh), jnp.copy(key)
+    if keep_params:
+        params = jax.tree.map(jnp.copy, params)
     trainable, _ = policy.trainable(params)
     abstract = jax.eval_shape(optimizer.init, trainable)
     opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings(abstract, mesh))(trainable)
@@ -110,11 +115,11 @@ def make_update(
         else:
             parts = _split(batch, num_microbatches)
             first = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
             (grads, (mean, metrics)), _ = jax.lax.scan(
                 lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
             )
-        grads = jax.tree.map(lambda g: (g / jnp.maximum(mean.count, 1)).astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g, p: (g / jnp.maximum(mean.count, 1)).astype(p.dtype), grads, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         params = optax.apply_updates(trainable, updates) | frozen
         metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.tree.norm(grads))}

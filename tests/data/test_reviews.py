@@ -125,8 +125,9 @@ class Words:
         return " ".join(self.vocabulary[i] if i < 4 else "word" for i in ids)
 
 
-def context(policy, key=0):
-    return types.SimpleNamespace(policy=policy, params={}, tokenizer=Words(), key=jax.random.key(key), say=print)
+def context(policy, folder, key=0):
+    key = jax.random.key(key)
+    return types.SimpleNamespace(policy=policy, params={}, tokenizer=Words(), key=key, folder=folder, say=print)
 
 
 @pytest.fixture
@@ -136,21 +137,29 @@ def few_reviews(monkeypatch):
 
 @needs_vader
 @pytest.mark.usefixtures("few_reviews")
-def test_the_best_sample_is_chosen_and_the_worst_rejected():
+def test_the_best_sample_is_chosen_and_the_worst_rejected(tmp_path):
     config = reviews.SampledPairs(num_openings=10, num_held_out=5, num_completions=3, max_completion_tokens=2)
-    data = config.build(context(Parrot(2, 3, 1)))
+    data = config.build(context(Parrot(2, 3, 1), tmp_path))
     assert [[c.tolist() for c in pair.completions] for pair in data.train] == [[[1], [3]]] * 10
     assert len(data.held_out) == 5
     assert all(example.completions == () for example in data.held_out)
     assert data.counts == {"tied": 0}
+    again = config.build(context(None, tmp_path))  # a run that goes on samples nothing: it reads what it began with
+    for part in ("train", "held_out"):
+        for one, other in zip(getattr(data, part), getattr(again, part), strict=True):
+            assert (one.id, one.columns) == (other.id, other.columns)
+            jax.tree.map(
+                np.testing.assert_array_equal, (one.prompt, one.completions), (other.prompt, other.completions)
+            )
+    assert (again.counts, again.about) == (data.counts, data.about)
 
 
 @needs_vader
 @pytest.mark.usefixtures("few_reviews")
-def test_samples_that_all_score_alike_are_an_error_not_an_empty_data_set():
+def test_samples_that_all_score_alike_are_an_error_not_an_empty_data_set(tmp_path):
     config = reviews.SampledPairs(num_openings=10, num_held_out=5, num_completions=2, max_completion_tokens=2)
     with pytest.raises(ValueError, match="none of 10 openings gave a pair"):
-        config.build(context(Parrot(2, 2)))
+        config.build(context(Parrot(2, 2), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -180,17 +189,42 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
 @needs_vader
 @needs_glass
 @needs_reviews
-def test_a_real_policy_gives_pairs_that_follow_the_key():
+def test_a_real_policy_gives_pairs_that_follow_the_key(tmp_path):
     policy, params, tokenizer = models.load("glassllm-en")
     config = reviews.SampledPairs(num_openings=12, num_held_out=4, max_completion_tokens=16, sampling_batch_size=12)
 
-    def pairs(key):
+    def pairs(key, name):
+        (tmp_path / name).mkdir()
         run = types.SimpleNamespace(
-            policy=policy, params=params, tokenizer=tokenizer, key=jax.random.key(key), say=print
+            policy=policy,
+            params=params,
+            tokenizer=tokenizer,
+            key=jax.random.key(key),
+            folder=tmp_path / name,
+            say=print,
         )
         data = config.build(run)
         assert len(data.train) + data.counts["tied"] == 12
         return [tuple(map(tuple, pair.completions)) for pair in data.train]
 
-    assert pairs(0) == pairs(0)
-    assert pairs(0) != pairs(1)
+    first = pairs(0, "a")
+    assert first == pairs(0, "b")
+    assert first != pairs(1, "c")
+
+
+@pytest.mark.usefixtures("few_reviews")
+def test_texts_are_an_opening_and_what_follows_it(tmp_path):
+    config = reviews.Texts(num_reviews=10, num_held_out=5, opening_tokens=2, max_completion_tokens=3, label=1)
+    words_only = types.SimpleNamespace(encode=words, eos_id=7)
+    data = config.build(types.SimpleNamespace(tokenizer=words_only))
+    by_id = {review.id: review for review in reviews.read()}
+    assert (len(data.train), len(data.held_out)) == (10, 5)
+    cut = 0
+    for example in data.train + data.held_out:
+        whole = [*words(by_id[example.id].text), 7]
+        assert by_id[example.id].label == 1
+        assert [*example.prompt, *example.completions[0]] == whole[: 2 + 3]
+        cut += len(whole) > 2 + 3
+    assert data.counts == {"cut at the end": cut}
+    with pytest.raises(ValueError, match="review texts: opening_tokens must be >= 1, got 0"):
+        reviews.Texts(opening_tokens=0)
