@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -18,14 +18,17 @@ from pjpo.evals import sentiment, token_rewards
 from pjpo.models import lora
 from pjpo.types import Batch
 
+# What a run may go on with changed: none of it changes what is computed, but for rounding.
+MAY_CHANGE = ("mesh", "wandb_project", *(f"loop.{what}_every_steps" for what in ("log", "evaluate", "checkpoint")))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """Which pretrained model, and how it computes."""
 
     source: str  # a packaged name, a Hugging Face folder, or a .gguf file
-    dtype: str = "float32"  # of products and activations: float32 or bfloat16
-    param_dtype: str = "float32"  # of the weights at rest
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products and activations
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute layers in the backward pass, to save memory
     lora: lora.Config | None = None  # adapters; without them all weights are trained
@@ -49,6 +52,7 @@ class Experiment:
     pack: bool = False  # leave padding out of the computation; worth it where lengths vary
     mesh: sharding.Config = dataclasses.field(default_factory=sharding.Config)
     seed: int = 0
+    wandb_project: str | None = None  # log to this project of Weights & Biases too; needs the extra wandb
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
 
 
@@ -81,7 +85,9 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     if experiment.reference == "adapter" and experiment.model.lora is None:
         raise ValueError("reference 'adapter' is the model without its adapters, but model.lora is None; use 'online'")
     config = describe(experiment)
-    folder = runs.open(resume, name, config) if resume else runs.create(root, name, config)
+    folder = runs.open(resume, name, config, may_change=MAY_CHANGE) if resume else runs.create(root, name, config)
+    if experiment.wandb_project:
+        folder = dataclasses.replace(folder, sink=runs.wandb_sink(experiment.wandb_project, folder, config))
     say(f"run: {folder.path}")
     try:
         with folder, checkpoints.Checkpoints(folder.checkpoints, experiment.keep_best_by, say=say) as saved:

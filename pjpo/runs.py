@@ -26,7 +26,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class RunFolder:
     """The writing side of a run; stands for its path. One process writes to it."""
 
     path: Path
+    sink: Callable[[int, dict[str, float]], object] | None = None  # (step, metrics): where else metrics go
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -120,6 +121,8 @@ class RunFolder:
         self._append("metrics.jsonl", [{"step": int(step)} | numbers])
         with _naming(self.path / "events.out.*"):
             self._events.write(step, numbers)
+        if self.sink is not None:
+            self.sink(int(step), numbers)
 
     def sample(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Texts of one step, any JSON-able fields; `pjpo.report` shows the fields named at the top of this file."""
@@ -215,6 +218,22 @@ class Run:
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps [S] int64, values [S] float64), steps ascending
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
+
+
+def wandb_sink(project: str, folder: RunFolder, config: Mapping[str, Any]) -> Callable[[int, dict[str, float]], None]:
+    """A sink that logs to Weights & Biases, one run there for each folder here, gone on with when the folder is.
+
+    Raises:
+        ModuleNotFoundError: the extra is not installed.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("wandb_project is set, but wandb is missing: pip install -e '.[wandb]'") from error
+
+    name = folder.path.name
+    run = wandb.init(project=project, id=name, name=name, config=_plain(config), dir=str(folder.path), resume="allow")
+    return lambda step, numbers: run.log(numbers, step=step)
 
 
 def read(path: str | os.PathLike) -> Run:

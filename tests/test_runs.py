@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +253,23 @@ def test_the_reader_starts_fast():
 def test_a_run_is_a_value(folder):
     with pytest.raises(dataclasses.FrozenInstanceError):
         runs.read(folder.path).summary = {}
+
+
+def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
+    asked, logged = {}, []
+    run = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
+    fake = types.SimpleNamespace(init=lambda **about: asked.update(about) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder = runs.create(tmp_path, "tiny", {"beta": 0.1})
+    folder = dataclasses.replace(folder, sink=runs.wandb_sink("mine", folder, {"beta": 0.1}))
+    with folder:
+        folder.log(3, {"loss": np.float32(0.5)})
+    assert logged == [(3, {"loss": 0.5})]
+    assert (asked["project"], asked["id"], asked["config"]) == ("mine", folder.path.name, {"beta": 0.1})
+
+
+def test_a_missing_wandb_is_told_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    folder = runs.create(tmp_path, "tiny", {})
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[wandb\]'"):
+        runs.wandb_sink("mine", folder, {})
