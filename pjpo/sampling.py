@@ -68,7 +68,7 @@ def sequence_keys(key: Array, num_prompts: int, num_completions: int) -> Array:
     return jax.vmap(lambda row: jax.vmap(lambda n: jax.random.fold_in(row, n))(jnp.arange(num_completions)))(rows)
 
 
-def generate(policy, params: dict, prompts: Prompts, key: Array, sampling: Sampling) -> Completions:
+def generate(policy, params: dict, prompts: Prompts | tuple, key: Array, sampling: Sampling) -> Completions:
     """Completions of each prompt; see `pjpo.models.Policy.generate`."""
     tokens, mask = prompts
     if tokens.shape != mask.shape or tokens.ndim != 2:
@@ -140,6 +140,7 @@ def choose(sampling: Sampling, logits: Float[Array, "B N V"], keys: Array) -> In
     """The next token of each sequence: the likeliest, or one drawn with its own key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits - logits.max(-1, keepdims=True)  # first, so that no temperature is too small
     return _draw(_keep_likely(sampling, logits / sampling.temperature), keys)
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from pjpo import sampling as decoding  # the module, whose names come later: it imports this package
 from pjpo.logps import token_logps
 from pjpo.models import attention
 from pjpo.models.decoder import Config, Decoder, head_table
 from pjpo.models.streams import Streams
-from pjpo.sampling import Completions, Prompts, Sampling, generate
 from pjpo.types import Batch
 
 
@@ -49,7 +49,9 @@ class Policy:
             )
         return _logps(self.config, params, batch)
 
-    def generate(self, params: dict, prompts: Prompts | tuple, key: Array, sampling: Sampling) -> Completions:
+    def generate(
+        self, params: dict, prompts: decoding.Prompts | tuple, key: Array, sampling: decoding.Sampling
+    ) -> decoding.Completions:
         """N completions of each prompt, with masks and log-probs that teacher forcing repeats.
 
         Args:
@@ -61,7 +63,7 @@ class Policy:
         Raises:
             ValueError: an empty prompt, more positions than the model has, a stop token outside the vocabulary.
         """
-        return generate(self, params, prompts, key, sampling)
+        return decoding.generate(self, params, prompts, key, sampling)
 
     def trainable(self, params: dict) -> tuple[dict, dict]:
         """(what the optimizer changes, what stays): the adapters and the rest where there are adapters."""
