@@ -308,7 +308,7 @@ def imports(path):
     root = reference.PACKAGE.parent
     for module, names in re.findall(r"^from (pjpo[\w.]*) import (.+)$", path.read_text(), re.MULTILINE):
         base = root / module.replace(".", "/")
-        inner = [base / f"{name.strip()}.py" for name in names.split(",")]
+        inner = [base / f"{name.split()[0]}.py" for name in names.split("#")[0].split(",")]
         yield from [file for file in inner if file.exists()] or [base.with_suffix(".py")]
 
 
