@@ -35,6 +35,7 @@ EXTRAS = {
     ],
     "test": [
         "pytest>=9",  # runs tests/
+        "pytest-xdist>=3.8",  # two test files at a time: most of a test is compilation, which uses one core
         "hypothesis>=6.140",  # property tests
         "beartype>=0.22",  # checks the jaxtyping annotations while tests run
         "ruff>=0.14",  # linter and formatter
