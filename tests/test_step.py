@@ -181,6 +181,21 @@ def test_the_state_is_donated_and_nothing_else():
     np.testing.assert_array_equal(jax.random.key_data(again.key), jax.random.key_data(key))
 
 
+def test_a_state_that_takes_the_parameters_over_holds_no_second_copy():
+    mesh = one_device()
+    policy = tiny.make_policy(**tiny.DIVISIBLE, num_layers=1, lora=lora.Config(rank=2))
+    optimizer = optax.adam(1e-3)
+    params = sharding.place(tiny.make_params(policy), mesh)
+    pointers = jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), params)
+    state = init_state(policy, params, optimizer, jax.random.key(0), mesh, keep_params=False)
+    assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), state.params) == pointers
+    update = make_update(dpo.loss, METHOD, policy, optimizer, mesh, reference="adapter")
+    new, _ = update(state, None, sharding.place_batch(make_batch(0), mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    base = jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), new.params["params"])
+    assert base == pointers["params"]  # the reference is these very arrays, so it costs nothing
+
+
 def test_references_of_every_kind_give_the_same_update_and_leave_the_base_weights_alone():
     mesh, settings = one_device(), {"lora": lora.Config(rank=2, targets=("q", "up")), "num_layers": 1}
     batch, outcomes = make_batch(0), {}
