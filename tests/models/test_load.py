@@ -168,7 +168,7 @@ def test_weight_files_missing_or_cut_short(tmp_path, monkeypatch):
     spec = importlib.util.find_spec("glassllm")
     copy = tmp_path / "glassllm" / "weights"
     shutil.copytree(pathlib.Path(spec.submodule_search_locations[0]) / "weights", copy)
-    spec.submodule_search_locations = [str(copy.parent)]
+    monkeypatch.setattr(spec, "submodule_search_locations", [str(copy.parent)])  # an imported package shares its spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
     load("glassllm-en")
     whole = (copy / "en.npz").read_bytes()
