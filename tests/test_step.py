@@ -185,7 +185,7 @@ def test_a_state_that_takes_the_parameters_over_holds_no_second_copy():
     mesh = one_device()
     policy = tiny.make_policy(**tiny.DIVISIBLE, num_layers=1, lora=lora.Config(rank=2))
     optimizer = optax.adam(1e-3)
-    params = sharding.place(tiny.make_params(policy), mesh)
+    params = sharding.place(jax.tree.map(jnp.copy, tiny.make_params(policy)), mesh)  # those are every test's
     pointers = jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), params)
     state = init_state(policy, params, optimizer, jax.random.key(0), mesh, keep_params=False)
     assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), state.params) == pointers
