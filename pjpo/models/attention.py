@@ -16,17 +16,21 @@ from pjpo.models.streams import Streams
 MASKED = -1e30  # a score that is finite, so that a row with nothing to look at is harmless
 
 
-def rotary(positions: Int[Array, "G M"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and signed sines [G, M, 1, 1, 2, H/2] that turn a head's halves, float32. Su et al. 2021, Eq. 34."""
-    frequencies = theta ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) / (head_dim // 2))
-    angles = (positions[:, :, None].astype(jnp.float32) * frequencies[None, None])[:, :, None, None, None]
+def rotary(positions: Int[Array, "G M"], head_dim: int, theta: float, dtype) -> tuple[Array, Array]:
+    """Cosines and signed sines [G, M, 1, 1, 2, H/2] that turn a head's halves. Su et al. 2021, Eq. 34.
+
+    `dtype` is that of the queries and keys; angles are float32 at least.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    frequencies = theta ** (-jnp.arange(head_dim // 2, dtype=wide) / (head_dim // 2))
+    angles = (positions[:, :, None].astype(wide) * frequencies[None, None])[:, :, None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-2), jnp.concatenate([-sin, sin], axis=-2)
 
 
 @jax.custom_vjp
 def rotate(qkv: Float[Array, "G M K R H"], turns: tuple[Array, Array]) -> Float[Array, "G M K R H"]:
-    """Turn the pairs (i, i + H/2) of queries and keys by their angles, in float32; values stay as they are.
+    """Turn the pairs (i, i + H/2) of queries and keys by their angles, in float32 or wider; values stay as they are.
 
     Written without slices and concatenations, which a CPU would not vectorise; the gradient turns back.
     """

@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         c = self.config
         embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
         x = embed()[tokens].astype(c.dtype)
-        turns = rotary(positions, c.head_dim, c.rope_theta)
+        turns = rotary(positions, c.head_dim, c.rope_theta, c.dtype)
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
             layers = nn.scan(
