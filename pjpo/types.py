@@ -58,35 +58,41 @@ class Batch:
     ) -> Batch:
         """A batch from what is at hand: an empty prompt, full masks and `loss_mask=completion_mask` where left out.
 
+        Nested lists become arrays.
+
         Raises:
-            ValueError: arrays whose shapes do not fit each other, by name.
+            ValueError: arrays whose shapes do not fit each other, lists that are ragged, by name.
         """
-        if np.ndim(completion_tokens) != 3:
-            raise ValueError(f"completion_tokens must be [B, N, T], got shape {np.shape(completion_tokens)}")
-        if completion_mask is None:
-            completion_mask = np.ones(completion_tokens.shape, bool)
-        if prompt_tokens is None:
-            if prompt_mask is not None:
-                raise ValueError("prompt_mask without prompt_tokens; pass both or neither")
-            prompt_tokens = np.zeros((completion_tokens.shape[0], 0), np.int32)
-        if prompt_mask is None:
-            prompt_mask = np.ones(prompt_tokens.shape, bool)
-        if others.get("loss_mask") is None:
-            others["loss_mask"] = completion_mask
-        tokens = np.shape(completion_tokens)
+        given = {"completion_tokens": completion_tokens, "completion_mask": completion_mask}
+        given |= {"prompt_tokens": prompt_tokens, "prompt_mask": prompt_mask, **others}
+        given = {name: _as_array(name, value) for name, value in given.items() if value is not None}
+        tokens = np.shape(given["completion_tokens"])
+        if len(tokens) != 3:
+            raise ValueError(f"completion_tokens must be [B, N, T], got shape {tokens}")
+        if "prompt_mask" in given and "prompt_tokens" not in given:
+            raise ValueError("prompt_mask without prompt_tokens; pass both or neither")
+        prompts = np.shape(given.setdefault("prompt_tokens", np.zeros((tokens[0], 0), np.int32)))
+        if len(prompts) != 2:
+            raise ValueError(f"prompt_tokens must be [B, P], got shape {prompts}")
+        given.setdefault("prompt_mask", np.ones(prompts, bool))
+        given.setdefault("completion_mask", np.ones(tokens, bool))
+        given.setdefault("loss_mask", given["completion_mask"])
         allowed = {name: [tokens] for name in ("completion_mask", "loss_mask", "old_logps", "ref_logps", "values")}
         allowed |= {name: [tokens, tokens[:2]] for name in ("rewards", "advantages", "labels")}
-        allowed |= {
-            "prompt_tokens": [(tokens[0], *np.shape(prompt_tokens)[1:])],
-            "prompt_mask": [np.shape(prompt_tokens)],
-        }
-        given = {
-            "completion_mask": completion_mask,
-            "prompt_tokens": prompt_tokens,
-            "prompt_mask": prompt_mask,
-            **others,
-        }
+        allowed |= {"prompt_tokens": [(tokens[0], prompts[1])], "prompt_mask": [prompts]}
         for name, shapes in allowed.items():
-            if given.get(name) is not None and np.shape(given[name]) not in shapes:
+            if name in given and np.shape(given[name]) not in shapes:
                 raise ValueError(f"{name} has shape {np.shape(given[name])}, allowed: {' or '.join(map(str, shapes))}")
-        return cls(completion_tokens=completion_tokens, **given)
+        return cls(**given)
+
+
+def _as_array(name: str, value: Any) -> Any:
+    """Lists to an array of the field's dtype; what is no list as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    dtype = np.int32 if name.endswith("_tokens") else bool if name.endswith("_mask") else None
+    try:
+        array = np.array(value, dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} makes no array ({error}); pad lists to one length, and mask the padding") from None
+    return array.astype(np.float32) if array.dtype == np.float64 else array

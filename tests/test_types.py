@@ -1,0 +1,58 @@
+"""`Batch.of`: what it fills in, what it takes, what it refuses."""
+
+import numpy as np
+import pytest
+
+from pjpo.types import Batch
+
+TOKENS = np.arange(12, dtype=np.int32).reshape(2, 2, 3)
+PROMPTS = np.arange(8, dtype=np.int32).reshape(2, 4)
+
+
+def test_what_is_left_out_is_filled_in():
+    batch = Batch.of(completion_tokens=TOKENS)
+    assert batch.prompt_tokens.shape == batch.prompt_mask.shape == (2, 0)
+    assert batch.completion_mask.all()
+    assert batch.loss_mask is batch.completion_mask
+    assert batch.rewards is None
+    mask = TOKENS > 3
+    batch = Batch.of(completion_tokens=TOKENS, completion_mask=mask, prompt_tokens=PROMPTS)
+    assert batch.loss_mask is mask
+    assert batch.prompt_mask.all()
+    assert batch.prompt_mask.shape == (2, 4)
+
+
+def test_nested_lists_become_arrays_of_the_field_s_dtype():
+    batch = Batch.of(
+        completion_tokens=[[[5, 6], [7, 0]]],
+        completion_mask=[[[1, 1], [1, 0]]],
+        prompt_tokens=[(1, 2)],
+        rewards=[[0.5, -1.0]],
+        labels=[[True, False]],
+    )
+    dtypes = {"completion_tokens": "int32", "completion_mask": "bool", "prompt_tokens": "int32", "prompt_mask": "bool"}
+    for name, dtype in (dtypes | {"loss_mask": "bool", "rewards": "float32", "labels": "bool"}).items():
+        assert getattr(batch, name).dtype == dtype, name
+    np.testing.assert_array_equal(batch.completion_tokens, [[[5, 6], [7, 0]]])
+    np.testing.assert_array_equal(batch.loss_mask, [[[True, True], [True, False]]])
+    np.testing.assert_array_equal(batch.rewards, [[0.5, -1]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"completion_tokens": [[[1, 2], [3]]]}, "completion_tokens makes no array .*pad lists to one length"),
+        ({"completion_tokens": [[["a"]]]}, "completion_tokens makes no array"),
+        ({"completion_tokens": [1, 2]}, r"completion_tokens must be \[B, N, T\], got shape \(2,\)"),
+        ({"prompt_tokens": [1, 2]}, r"prompt_tokens must be \[B, P\], got shape \(2,\)"),
+        ({"prompt_mask": PROMPTS > 0}, "prompt_mask without prompt_tokens"),
+        ({"prompt_tokens": PROMPTS[:1]}, r"prompt_tokens has shape \(1, 4\), allowed: \(2, 4\)"),
+        ({"prompt_tokens": PROMPTS, "prompt_mask": PROMPTS[:, :2] > 0}, r"prompt_mask has shape \(2, 2\)"),
+        ({"completion_mask": TOKENS[:, :1] > 0}, r"completion_mask has shape \(2, 1, 3\), allowed: \(2, 2, 3\)"),
+        ({"rewards": [1.0, 2.0]}, r"rewards has shape \(2,\), allowed: \(2, 2, 3\) or \(2, 2\)"),
+        ({"old_logps": np.zeros((2, 2))}, r"old_logps has shape \(2, 2\), allowed: \(2, 2, 3\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        Batch.of(**{"completion_tokens": TOKENS} | given)
