@@ -33,13 +33,14 @@ def token_logps(
     """log softmax(hidden @ table.T)[targets], nats, float32.
 
     Works through blocks of positions and recomputes each block's logits in the backward pass, so neither pass holds
-    more than `block_numbers` logits (4 bytes each), whatever C and V are.
+    more than `block_numbers` logits (4 bytes each), whatever C is. A block takes one position of every group at least,
+    G x V logits, as a mesh may cut the groups.
 
     Args:
         hidden: final hidden states in the compute dtype; the product is in that dtype, the softmax in float32.
         table: the output head, a row per token; any float dtype.
         targets: the token that each state predicts.
-        block_numbers: how many logits may exist at once.
+        block_numbers: how many logits may exist at once, over all devices.
     """
     return _forward(hidden, table, targets, block_numbers)[0]
 
@@ -81,7 +82,8 @@ token_logps.defvjp(_forward, _backward)
 
 def _num_blocks(hidden: Array, table: Array, block_numbers: int) -> int:
     groups, positions, _ = hidden.shape
-    return max(1, min(positions, math.ceil(groups * positions * table.shape[0] / block_numbers)))
+    at_once = max(1, block_numbers // max(1, groups * table.shape[0]))
+    return max(1, math.ceil(positions / at_once))
 
 
 def _map_blocks(function, arrays, num_blocks: int):

@@ -1,5 +1,7 @@
 """Log-probs of tokens by NumPy loops in float64, the published golden values, and masked sums."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,19 @@ def test_values_and_gradients_equal_a_loop(block_numbers, dtype, bound):
         found = logps, *pullback(jnp.asarray(weights, dtype))
     for one, other in zip(found, by_loop(hidden, table, targets, weights), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+
+
+# In 80 numbers fit 3 positions of both groups; in 21 not even one, and one is the least that there is.
+@pytest.mark.parametrize(("block_numbers", "most"), [(1000, 154), (100, 88), (80, 66), (22, 22), (21, 22)])
+def test_no_more_logits_than_asked_for(block_numbers, most):
+    hidden, table, targets, weights = example()
+
+    def loss(hidden, table):
+        return (weights * token_logps(hidden, table, jnp.int32(targets), block_numbers)).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(jnp.float32(hidden), jnp.float32(table)).as_text()
+    shapes = [[*map(int, shape.split("x")), 11] for shape in re.findall(r"tensor<([\dx]+)x11x\w+>", text)]
+    assert max(map(np.prod, shapes)) == most
 
 
 def test_bfloat16_takes_the_softmax_in_float32():
