@@ -1,3 +1,1 @@
 """Language models trained from preferences and rewards, in JAX: one layout, every method, each claim checked."""
-
-__version__ = "0.1.0"
