@@ -138,7 +138,7 @@ def make_update(
             )
         if reference == "adapter" and "lora" not in state.params:
             raise ValueError(
-                "reference is 'adapter', but the policy has no adapters; set model.lora or choose 'online'"
+                "reference is 'adapter', but there are no adapters; set model.lora.rank or choose 'online'"
             )
         return jitted(state, ref_params, batch)
 

@@ -246,7 +246,11 @@ def test_the_reference_gets_no_gradient():
         ("stored", {}, "reference is 'stored', so ref_params must be None"),
         ("none", {}, "reference is 'none', so ref_params must be None"),
         ("stored", None, "reference is 'stored', but the batch holds no ref_logps; attach them or choose 'online'"),
-        ("adapter", None, "reference is 'adapter', but the policy has no adapters; set model.lora or choose 'online'"),
+        (
+            "adapter",
+            None,
+            "reference is 'adapter', but there are no adapters; set model.lora.rank or choose 'online'",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(reference, ref_params, message):

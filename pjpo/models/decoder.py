@@ -84,6 +84,8 @@ class Config:
             raise ValueError(
                 f"model: head_block_numbers {self.head_block_numbers} holds no position's {self.vocab_size} logits"
             )
+        if self.lora is not None and not self.lora.rank:
+            object.__setattr__(self, "lora", None)  # one spelling of no adapters: configs that are equal compare equal
 
     @property
     def heads_of_kv(self) -> int:

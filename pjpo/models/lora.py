@@ -19,13 +19,13 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    rank: int = 8
+    rank: int = 8  # 0 for no adapters: all weights are trained
     alpha: float = 16.0  # the update is scaled by alpha / rank
     targets: tuple[str, ...] = PROJECTIONS  # which projections of every layer get an adapter
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora: rank must be at least 1, got {self.rank}")
+        if self.rank < 0:
+            raise ValueError(f"lora: rank must be at least 1, or 0 for no adapters, got {self.rank}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"lora: alpha must be > 0, got {self.alpha}")
         unknown = [name for name in self.targets if name not in PROJECTIONS]

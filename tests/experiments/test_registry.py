@@ -10,6 +10,7 @@ import pytest
 
 from experiments import registry
 from pjpo import experiment
+from pjpo.models import lora
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +107,16 @@ def test_overrides_reach_the_run(command, begun):
         registry.get("dpo_glass"), {"method.beta": 0.3, "loop.num_steps": 7, "model.lora.targets": ("q", "v")}
     )
     assert (name, value, others) == ("dpo_glass", expected, {"root": Path("there"), "resume": None})
+
+
+def test_adapters_can_be_asked_for_where_there_are_none_and_left_out_where_there_are(command, begun):
+    command("dpo_hh", "--model.lora.rank=8", "--reference=adapter")
+    command("dpo_glass", "--model.lora.rank=0", "--reference=online")
+    (_, with_adapters, _), (_, without, _) = begun
+    assert with_adapters.model.lora == lora.Config(rank=8)
+    assert without.model.lora.rank == 0
+    _, text = command("dpo_hh", "--help")
+    assert "--model.lora.rank INT 0 for no adapters: all weights are trained (default: 0)" in text
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -271,7 +271,7 @@ def test_models_that_cannot_be_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "lora: rank must be at least 1, got 0"),
+        ({"rank": -1}, "lora: rank must be at least 1, or 0 for no adapters, got -1"),
         ({"alpha": float("nan")}, "lora: alpha must be > 0, got nan"),
         ({"alpha": float("inf")}, "lora: alpha must be > 0, got inf"),
         ({"targets": ("q", "w")}, "lora: targets must be some of q, k, v, o, gate, up, down; got"),
@@ -291,3 +291,7 @@ def test_adapters_count_only_where_they_are_passed_in():
     np.testing.assert_array_equal(policy.logps(fresh, batch), without)
     assert np.any(policy.logps(params, batch) != without)
     assert policy.trainable(params) == ({"lora": params["lora"]}, {"params": params["params"]})
+
+
+def test_rank_0_is_no_adapters():
+    assert tiny.make_policy(lora=lora.Config(rank=0)) == tiny.make_policy(lora=None)
