@@ -44,7 +44,7 @@ UNITS = {  # of metrics that stand alone
 }
 COLORS = {"chosen": "#0072b2", "rejected": "#d55e00", "margins": "#4d4d4d"}
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers too
-BEST_OF = {"color": "#666666", "label": "best of n, reference", "zorder": 1}
+BEST_OF = {"color": "#666666", "zorder": 1}
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -123,12 +123,13 @@ def frontier(*several: runs.Run, rewards: Sequence[str] = ("reward_vader", "rewa
                     continue
                 steps, kl, kl_error, value, error = points.T
                 axes.errorbar(kl, value, error, kl_error, "o-", color=color, label=label, elinewidth=0.8, capsize=0)
-                _note(axes, f"step {steps[-1]:.0f}", (kl[-1], value[-1]), color, (6, 5))
+                at, offset = (kl[-1], value[-1]), (6, 5)
+                axes.annotate(f"step {steps[-1]:.0f}", at, offset, textcoords="offset points", color=color, fontsize=8)
             best = [(num, row["kl"], row[reward]) for num, row in _best_of(several[0]).items() if reward in row]
-            if best:
-                axes.plot([kl for _, kl, _ in best], [value for *_, value in best], "s--", **BEST_OF)
-            for num, kl, value in best[1:]:
-                _note(axes, f"n = {num}", (kl, value), "#666666", (-7, 3), ha="right")
+            if best:  # told apart in the legend: beside the curve they are too near each other for labels
+                nums, kl, value = zip(*best, strict=True)
+                label = f"best of n = {', '.join(map(str, nums))}, reference"
+                axes.plot(kl, value, "s--", label=label, **BEST_OF)
             axes.set(title=f"{reward} against KL", ylabel=_unit(reward), xlabel=f"KL to the reference, {UNITS['kl']}")
             axes.margins(0.12)
             axes.legend(loc="best")
@@ -261,10 +262,6 @@ def _best_of(run: runs.Run) -> dict[int, dict[str, float]]:
         num, _, name = name.partition("/")
         table.setdefault(int(num), {})[name] = value
     return dict(sorted(table.items()))
-
-
-def _note(axes, text: str, at: tuple[float, float], color: str, offset: tuple[int, int], ha: str = "left") -> None:
-    axes.annotate(text, at, offset, textcoords="offset points", color=color, fontsize=8, ha=ha)
 
 
 def _labels(several: Sequence[runs.Run]) -> list[str]:
