@@ -3,7 +3,7 @@
     config.json      experiment, effective config, versions, commit, devices
     metrics.jsonl    {"step": 10, "loss": 0.69, ...}; a step may have several lines
     samples.jsonl    {"step": 10, "kind": "completion", "prompt": ..., "completion": ..., ...}
-    summary.json     final numbers, flat: start/..., eval/..., counts/...
+    summary.json     final numbers, flat: start/..., eval/..., counts/..., and "finished" where the run did
     events.out.*     the metrics once more, for TensorBoard
     checkpoints/     see pjpo/checkpoints.py
     report.html      see pjpo/report.py
@@ -227,7 +227,7 @@ def wandb_sink(project: str, folder: RunFolder, config: Mapping[str, Any]) -> Ca
         ModuleNotFoundError: the extra is not installed.
     """
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("wandb_project is set, but wandb is missing: pip install -e '.[wandb]'") from error
 
@@ -254,8 +254,6 @@ def read(path: str | os.PathLike) -> Run:
     for name, values in columns.items():
         steps = sorted(values)
         metrics[name] = np.array(steps, np.int64), np.array([values[step] for step in steps], np.float64)
-    summary = path / "summary.json"
-    numbers = json.loads(summary.read_text()) if summary.exists() else {}
     return Run(
         path=path,
         experiment=about.pop("experiment"),
@@ -263,28 +261,43 @@ def read(path: str | os.PathLike) -> Run:
         about=about,
         metrics=metrics,
         samples=list(_read_lines(path / "samples.jsonl")),
-        summary={name: float(value) if value in NOT_FINITE else value for name, value in numbers.items()},
+        summary=_read_summary(path),
     )
 
 
 def newest(root: str | os.PathLike, experiment: str) -> Path:
-    """The folder of the experiment's newest run.
+    """The folder of the experiment's newest run that finished.
 
     Raises:
-        FileNotFoundError: it has none there.
+        FileNotFoundError: it has none there; names the newest that did not finish.
     """
     found = sorted(path.parent for path in Path(root).glob(f"{experiment}/*/config.json"))
-    if not found:
+    finished = [path for path in found if _read_summary(path).get("finished")]
+    if finished:
+        return finished[-1]
+    if found:
         raise FileNotFoundError(
-            f"no run of {experiment!r} in {Path(root).absolute()}; make one with python -m experiments.{experiment}"
+            f"no run of {experiment!r} in {Path(root).absolute()} has finished; the newest, {found[-1]}, can be read "
+            f"as it is, or goes on with python -m experiments.{experiment} --resume {found[-1]}"
         )
-    return found[-1]
+    raise FileNotFoundError(
+        f"no run of {experiment!r} in {Path(root).absolute()}; make one with python -m experiments.{experiment}"
+    )
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    file = path / "summary.json"
+    numbers = json.loads(file.read_text()) if file.exists() else {}
+    return {name: float(value) if value in NOT_FINITE else value for name, value in numbers.items()}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{path} is not the folder of a run: it has no config.json")
+        found = (run.parent for depth in ("*", "*/*") for run in path.glob(f"{depth}/config.json"))
+        below = sorted(map(str, found), reverse=True)[:3]
+        hint = f"; below it are: {', '.join(below)}" if below else ""
+        raise FileNotFoundError(f"{path} is not the folder of a run: it has no config.json{hint}")
     try:
         return json.loads(file.read_text())
     except ValueError as error:

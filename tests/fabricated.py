@@ -48,5 +48,6 @@ def make_run(root, experiment="dpo_sentiment", num_steps=200, beta=0.1):
         rewards = rng.normal(0, 0.05, len(tokens)) + np.array([0, 0, 0, 0.3, 0.9, 0.5, 0, -0.1, 0, -0.8, -0.2, 0, 0])
         row = {"kind": "token_rewards", "label": label, "prompt": OPENINGS[0], "tokens": tokens}
         folder.sample(num_steps, [row | {"token_rewards": rewards}])
+    folder.summary({"finished": True})
     folder.close()
     return folder.path

@@ -52,12 +52,27 @@ def test_create_writes_what_a_number_may_depend_on(folder, tmp_path):
 def test_every_run_has_a_folder_of_its_own(tmp_path):
     made = [runs.create(tmp_path, "dpo_tiny", CONFIG).path for _ in range(2)]
     assert made[0] != made[1]
-    assert runs.newest(tmp_path, "dpo_tiny") == made[1]
 
 
-def test_newest_says_how_to_make_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run of 'dpo_tiny' in .*python -m experiments.dpo_tiny"):
+def test_the_folder_above_says_what_is_below(folder):
+    with pytest.raises(FileNotFoundError, match=rf"not the folder of a run: .*; below it are: {folder.path}$"):
+        runs.read(folder.path.parent)
+
+
+def test_newest_is_the_newest_that_finished(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no run of 'dpo_tiny' in .*make one with python -m experiments.dpo_tin"
+    ):
         runs.newest(tmp_path, "dpo_tiny")
+    made = [runs.create(tmp_path, "dpo_tiny", CONFIG) for _ in range(3)]
+    made[2].summary({"start/kl": math.nan})
+    with pytest.raises(
+        FileNotFoundError, match=rf"has finished; the newest, {made[2].path}, .*--resume {made[2].path}"
+    ):
+        runs.newest(tmp_path, "dpo_tiny")
+    for folder in made[:2]:
+        folder.summary({"finished": True})
+    assert runs.newest(tmp_path, "dpo_tiny") == made[1].path
 
 
 def test_reads_what_was_written(folder):
@@ -266,6 +281,8 @@ def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
         folder.log(3, {"loss": np.float32(0.5)})
     assert logged == [(3, {"loss": 0.5})]
     assert (asked["project"], asked["id"], asked["config"]) == ("mine", folder.path.name, {"beta": 0.1})
+    assert asked["resume"] == "allow"  # the same folder goes on with the same run there
+    assert asked["dir"] == str(folder.path)
 
 
 def test_a_missing_wandb_is_told_with_the_way_out(tmp_path, monkeypatch):
