@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,12 +13,16 @@ import jax
 import tyro
 
 from pjpo import checkpoints, models, optim, packing, reference, report, runs, sharding, step, train
+from pjpo.data import saved as saved_data
 from pjpo.data.batches import Batches
 from pjpo.data.buckets import Buckets, collate
-from pjpo.evals import sentiment, token_rewards
+from pjpo.data.examples import Data
+from pjpo.evals import token_rewards
+from pjpo.evals.result import side_by_side
 from pjpo.models import lora
 from pjpo.types import Batch
 
+PAIRS = "pairs.jsonl"  # in a run's folder: data that the run sampled itself
 # What a run may go on with changed: none of it changes what is computed, but for rounding.
 MAY_CHANGE = ("mesh", "wandb_project", *(f"loop.{what}_every_steps" for what in ("log", "evaluate", "checkpoint")))
 
@@ -31,7 +36,7 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute layers in the backward pass, to save memory
-    lora: lora.Config | None = None  # adapters; without them all weights are trained
+    lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,19 +44,19 @@ class Experiment:
     """Everything a run depends on."""
 
     loss: tyro.conf.Suppress[Callable]  # of a module in pjpo/methods
-    method: Any  # that module's Config
+    method: Any  # what its paper lets one choose; that module's Config
     model: Model
-    data: Any  # a config with `build(context) -> Data`
+    data: Any  # where examples come from; a config with `build(context) -> Data`
     optimizer: optim.Config
     loop: train.Loop
     batch_size: int  # prompts in an update, over all devices
     reference: step.Reference  # none, online (a second set of weights), stored (on disk), adapter (weights less LoRA)
-    evaluation: Any = None  # a config with `build(context, data)`, see pjpo/evals
+    evaluation: Any = None  # what is measured along training; a config with `build(context, data)`, see pjpo/evals
     keep_best_by: tuple[str, str] | None = None  # (metric, "max" or "min"): keep that checkpoint beside the last ones
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
     pack: bool = False  # leave padding out of the computation; worth it where lengths vary
     mesh: sharding.Config = dataclasses.field(default_factory=sharding.Config)
-    seed: int = 0
+    seed: int = 0  # of the order of the data, of adapters, and of what the run samples
     wandb_project: str | None = None  # log to this project of Weights & Biases too; needs the extra wandb
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
 
@@ -66,9 +71,9 @@ class Context:
     loss: Callable
     method: Any
     key: jax.Array
-    folder: Path
+    mesh: jax.sharding.Mesh
     say: Callable[[str], None]
-    place: Callable[[Batch], Batch]  # onto the mesh
+    prepare: Callable[[Batch], Batch]  # onto the mesh, with the reference's log-probs where these are stored
     buckets: Buckets | None = None  # known once there is data
 
 
@@ -78,24 +83,29 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     Raises:
         ValueError: settings that do not fit each other, or a folder that holds something else.
         train.Stopped: interrupted, with everything saved.
+        FloatingPointError: diverged; the report shows how.
     """
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_batch(mesh, experiment.batch_size, experiment.num_microbatches)
-    schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
-    if experiment.reference == "adapter" and experiment.model.lora is None:
-        raise ValueError("reference 'adapter' is the model without its adapters, but model.lora is None; use 'online'")
+    _check(experiment, mesh)
     config = describe(experiment)
-    folder = runs.open(resume, name, config, may_change=MAY_CHANGE) if resume else runs.create(root, name, config)
+    folder = runs.open(resume, name, config, may_change=MAY_CHANGE) if resume else None
+    parts = _build(experiment, mesh, folder.path if folder else None, Path(root), say)
+    # Only now, so that a model or data that cannot be used leave no folder behind.
+    folder = folder or runs.create(root, name, config)
     if experiment.wandb_project:
         folder = dataclasses.replace(folder, sink=runs.wandb_sink(experiment.wandb_project, folder, config))
     say(f"run: {folder.path}")
     try:
         with folder, checkpoints.Checkpoints(folder.checkpoints, experiment.keep_best_by, say=say) as saved:
-            _run(experiment, mesh, schedule, folder, saved, say)
-    except (train.Stopped, KeyboardInterrupt) as stopped:
-        about = str(stopped) or "stopped at once; updates after the last checkpoint will be repeated"
-        command = shlex.join(["python", "-m", f"experiments.{name}", "--resume", str(folder.path)])
-        raise train.Stopped(f"{about}\nGo on with: {command}") from None
+            _run(experiment, parts, folder, saved)
+    except (train.Stopped, FloatingPointError) as ended:
+        say(f"report: {report.write(folder)}")
+        if isinstance(ended, FloatingPointError):
+            raise
+        raise train.Stopped(f"{ended}\n{_how_to_go_on(name, folder)}") from None
+    except KeyboardInterrupt:
+        about = "stopped at once; updates after the last checkpoint will be repeated"
+        raise train.Stopped(f"{about}\n{_how_to_go_on(name, folder)}") from None
     say(f"report: {report.write(folder)}")
     return folder.path
 
@@ -123,10 +133,41 @@ def recall(value: Any, described: Any) -> Any:
     return tuple(described) if isinstance(described, list) else described
 
 
-def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: checkpoints.Checkpoints, say) -> None:
+def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Settings that do not fit each other.
+
+    Raises:
+        ValueError: naming them.
+    """
+    sharding.check_batch(mesh, experiment.batch_size, experiment.num_microbatches)
+    optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
+    if experiment.reference == "adapter" and not experiment.model.lora.rank:
+        raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
+    if experiment.keep_best_by and not experiment.evaluation:
+        raise ValueError(f"keep_best_by {experiment.keep_best_by[0]!r} needs an evaluation, but evaluation is None")
+
+
+def _how_to_go_on(name: str, folder: runs.RunFolder) -> str:
+    return "Go on with: " + shlex.join(["python", "-m", f"experiments.{name}", "--resume", str(folder.path)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a run is put together from, all of it checked."""
+
+    context: Context
+    data: Data
+    reference_model: _ReferenceModel
+    evaluate: Callable | None
+    state_key: jax.Array
+
+
+def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) -> _Parts:
     settings = {field.name: getattr(experiment.model, field.name) for field in dataclasses.fields(experiment.model)}
     data_key, adapter_key, state_key = jax.random.split(jax.random.key(experiment.seed), 3)
     policy, params, tokenizer = models.load(**settings, mesh=mesh, key=adapter_key)
+    stored = (resumed.parent.parent if resumed else root) / "reference_logps"  # for all runs: content is its address
+    reference_model = _ReferenceModel(experiment.reference, policy, params, stored)
     context = Context(
         policy=policy,
         params=params,
@@ -134,24 +175,33 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
         loss=experiment.loss,
         method=experiment.method,
         key=data_key,
-        folder=folder.path,
+        mesh=mesh,
         say=say,
-        place=lambda batch: sharding.place_batch(batch, mesh),
+        prepare=lambda batch: sharding.place_batch(reference_model.attach(batch), mesh),
     )
-    data = experiment.data.build(context)
+    # A run that goes on trains on what it began with.
+    kept = resumed / PAIRS if resumed else None
+    data = saved_data.load(kept) if kept and kept.exists() else experiment.data.build(context)
     say(data.about)
-    folder.summary({f"counts/{what}": count for what, count in data.counts.items()})
     context = dataclasses.replace(context, buckets=Buckets.of(data.train + data.held_out))
-    reference_model = _ReferenceModel(experiment.reference, policy, params, folder)
-    evaluation = _Evaluation(experiment, context, data, reference_model, folder)
+    evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None
+    return _Parts(context=context, data=data, reference_model=reference_model, evaluate=evaluate, state_key=state_key)
 
+
+def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: checkpoints.Checkpoints) -> None:
+    context, data, reference_model = parts.context, parts.data, parts.reference_model
+    policy, mesh = context.policy, context.mesh
+    folder.summary({f"counts/{what}": count for what, count in data.counts.items()})
+    if data.sampled and not (folder.path / PAIRS).exists():
+        saved_data.save(folder.path / PAIRS, data)
     batches = Batches(data.train, batch_size=experiment.batch_size, seed=experiment.seed, buckets=context.buckets)
+    schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
     num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
 
     def prepare(batch: Batch) -> Batch:
         batch = reference_model.attach(batch)
-        return context.place(packing.pack(batch, num_groups=num_groups) if experiment.pack else batch)
+        return sharding.place_batch(packing.pack(batch, num_groups=num_groups) if experiment.pack else batch, mesh)
 
     first = collate(data.train[: experiment.batch_size], context.buckets)
     prepared = prepare(first)
@@ -170,35 +220,47 @@ def _run(experiment: Experiment, mesh, schedule, folder: runs.RunFolder, saved: 
         ),
         # Where nothing reads the start's own arrays any more, the state takes them over: weights are held once.
         state=step.init_state(
-            policy, params, optimizer, state_key, mesh, keep_params=experiment.reference in ("online", "stored")
+            policy,
+            context.params,
+            optimizer,
+            parts.state_key,
+            mesh,
+            keep_params=experiment.reference in ("online", "stored"),
         ),
         ref_params=reference_model.params if experiment.reference == "online" else None,
         batches=batches,
         prepare=prepare,
-        evaluate=evaluation if experiment.evaluation else None,
+        evaluate=_Evaluation(experiment, parts, folder) if parts.evaluate else None,
         trainable=lambda state: dataclasses.replace(state, params=policy.trainable(state.params)[0]),
         restored=lambda state, saved: dataclasses.replace(saved, params=state.params | saved.params),
         folder=folder,
         checkpoints=saved,
-        say=say,
+        say=context.say,
     )
-    written = any(row.get("kind") == "token_rewards" for row in runs.read(folder.path).samples)
+    rows = runs.read(folder.path).samples
+    before, after = (
+        [row for row in rows if row.get("kind") == "completion" and row["step"] == number]
+        for number in (0, experiment.loop.num_steps)
+    )
+    if before and after:
+        context.say(side_by_side(before, after))
     is_pairs = first.completion_tokens.shape[1] == 2
+    written = any(row.get("kind") == "token_rewards" for row in rows)
     if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
         # In the shapes of the step-0 gate, for which everything is compiled.
         logps, ref_logps = (policy.logps(p, prepared)[:4] for p in (state.params, reference_model.of(state)))
         shown = jax.tree.map(lambda x: x[:4], first)
         labels = ("chosen", "rejected")
-        rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, tokenizer, labels)
+        rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, context.tokenizer, labels)
         folder.sample(experiment.loop.num_steps, rows)
+    folder.summary({"finished": True})
 
 
 class _ReferenceModel:
     """The start of the run as the reference, in whichever of its forms."""
 
-    def __init__(self, kind: step.Reference, policy: models.Policy, params: dict, folder: runs.RunFolder):
+    def __init__(self, kind: step.Reference, policy: models.Policy, params: dict, stored: Path):
         self.kind, self.policy, self.params = kind, policy, params
-        stored = folder.path.parent.parent / "reference_logps"  # shared by runs: its content is its address
         self.store = reference.Store(stored, policy, policy.without_adapters(params)) if kind == "stored" else None
 
     def of(self, state: step.State) -> dict | None:
@@ -224,25 +286,28 @@ class _ReferenceModel:
 
 
 class _Evaluation:
-    """An experiment's evaluation, written to the run's folder: `start/...`, `eval/...`, samples."""
+    """The evaluation as the loop calls it: `start/...`, `eval/...` and samples go to the run's folder."""
 
-    def __init__(self, experiment: Experiment, context: Context, data, reference_model: _ReferenceModel, folder):
-        self.last_step = experiment.loop.num_steps
-        self.evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None
-        self.reference_model, self.folder, self.say = reference_model, folder, context.say
-        self.start: Any = None
+    def __init__(self, experiment: Experiment, parts: _Parts, folder: runs.RunFolder):
+        self.last_step, self.keep_best_by = experiment.loop.num_steps, experiment.keep_best_by
+        self.parts, self.folder = parts, folder
 
     def __call__(self, state: step.State, number: int) -> dict[str, float]:
-        assert self.evaluate is not None, "called without an evaluation"
-        result = self.evaluate(state.params, self.reference_model.of(state), title=f"evaluating step {number}")
+        """
+        Raises:
+            ValueError: `keep_best_by` names something else than the metrics that come back.
+        """
+        assert self.parts.evaluate is not None, "called without an evaluation"
+        ref_params = self.parts.reference_model.of(state)
+        result = self.parts.evaluate(state.params, ref_params, title=f"evaluating step {number}")
+        metrics = {f"eval/{name}": value for name, value in result.metrics.items()}
+        if self.keep_best_by and (metric := self.keep_best_by[0]) not in metrics:
+            near = difflib.get_close_matches(metric, metrics, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"keep_best_by: there is no metric {metric!r}{hint} Known: {', '.join(metrics)}")
         self.folder.sample(number, [{"kind": "completion", **row} for row in result.samples])
         if number == 0:
-            self.start = result
-            self.folder.summary({f"start/{name}": value for name, value in result.metrics.items()})
-            if isinstance(result, sentiment.Result):
-                self.folder.summary(sentiment.best_of(result))
+            self.folder.summary({f"start/{name}": value for name, value in result.metrics.items()} | result.best_of)
         if number == self.last_step:
-            self.folder.summary({f"eval/{name}": value for name, value in result.metrics.items()})
-            if isinstance(result, sentiment.Result) and self.start:
-                self.say(sentiment.side_by_side(self.start, result))
-        return {f"eval/{name}": value for name, value in result.metrics.items()}
+            self.folder.summary(metrics)
+        return metrics

@@ -13,7 +13,7 @@ import optax
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     learning_rate: float  # at its peak
-    name: Literal["adamw", "rmsprop", "adafactor", "sgd"] = "adamw"
+    name: Literal["adamw", "rmsprop", "adafactor", "sgd"] = "adamw"  # the rule, as Optax has it
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up; the last two fall to zero
     warmup_steps: int = 0  # linear; the first update takes 1 / warmup_steps of the peak
     weight_decay: float = 0.0  # adamw only; norm scales are spared

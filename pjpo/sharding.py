@@ -49,8 +49,8 @@ def num_batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
-    """Refuse a batch that the mesh or gradient accumulation cannot cut evenly.
+def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1, name: str = "batch_size") -> None:
+    """Refuse a batch that the mesh or gradient accumulation cannot cut evenly; `name` is that of the setting.
 
     Raises:
         ValueError: with sizes that would do.
@@ -58,9 +58,10 @@ def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
     parts = num_batch_parts(mesh) * num_microbatches
     if batch_size < 1 or batch_size % parts:
         below = batch_size // parts * parts
+        cuts = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
         raise ValueError(
-            f"batch_size {batch_size} is not divisible by {parts} (mesh axes {_named(mesh.shape.values())} x "
-            f"{num_microbatches} microbatches); use {f'{below} or ' if below else ''}{below + parts}"
+            f"{name} {batch_size} is not divisible by {parts} (mesh axes {_named(mesh.shape.values())}{cuts}); "
+            f"use {f'{below} or ' if below else ''}{below + parts}"
         )
 
 

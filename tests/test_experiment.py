@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import registry
-from pjpo import experiment, runs
+from pjpo import experiment, reference, runs, train
 from pjpo.checkpoints import Checkpoints
+from pjpo.data import preference
+from pjpo.data.buckets import Buckets, collate
+from pjpo.evals.result import Result
 from tests import tiny_run
 from tests.models import tiny_llama
 
@@ -169,6 +173,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, model, cache, alone):
         re.search(rf"stopped after step (\d+) of {LAST}, which is saved in {program.folder}/checkpoints", err)[1]
     )
     assert (program.folder / "checkpoints" / str(step)).is_dir()
+    assert "Learning curves" in (program.folder / "report.html").read_text()
     (command,) = re.findall(r"Go on with: python -m experiments\.tests\.tiny_run (.*)", err)
     out = program.finish(*command.split())
     assert f"going on from step {step} of {LAST}" in out
@@ -195,11 +200,14 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, model, cache):
 
 def test_nan_stops_with_a_message(tmp_path, model, cache):
     """A learning rate that leaves the range of float32: losses and gradients were finite until then."""
-    process = Program(tmp_path, model, cache).begin("--optimizer.learning-rate=1e38", "--optimizer.warmup-steps=0")
+    program = Program(tmp_path, model, cache)
+    process = program.begin("--optimizer.learning-rate=1e38", "--optimizer.warmup-steps=0")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in err
     assert re.search(r"(became|infinite) .*in update \d+; last checkpoint: none", err), err
+    assert "Config" in (program.folder / "report.html").read_text()
+    assert "finished" not in runs.read(program.folder).summary
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, model, cache, alone):
@@ -244,6 +252,101 @@ def test_settings_come_back_from_the_folder(name, tmp_path):
 
 def test_a_reference_without_adapters_is_refused(tmp_path):
     wrong = dataclasses.replace(tiny_run.EXPERIMENT, reference="adapter", batch_size=16)
-    with pytest.raises(ValueError, match=r"model\.lora is None; use 'online'"):
+    with pytest.raises(ValueError, match=r"model\.lora\.rank is 0; use 'online'"):
         experiment.run("tiny", wrong, root=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# In this process, on its eight devices.
+QUICK = {"batch_size": 16, "loop.num_steps": 2, "optimizer.warmup_steps": 0}
+
+
+def refused(root, change, message, error=ValueError):
+    """The made-up run with other settings; before it has a folder."""
+    with pytest.raises(error, match=message):
+        experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, QUICK | change), root=root / "runs")
+    assert not (root / "runs").exists()
+
+
+def test_what_cannot_work_leaves_no_folder(tmp_path, model):
+    refused(tmp_path, {"model.source": "nowhere"}, "unknown model source 'nowhere'")
+    source = {"model.source": str(model)}
+    refused(tmp_path, source | {"data": preference.Config(path="")}, "no data file is given")
+    (tmp_path / "bad.jsonl").write_text('{"chosen": "a"}\n')
+    refused(
+        tmp_path, source | {"data": preference.Config(path=str(tmp_path / "bad.jsonl"))}, "bad.jsonl:1: columns found"
+    )
+    refused(tmp_path, source | {"evaluation.batch_size": 12}, "evaluation.batch_size 12 is not divisible by 8 .*16")
+    refused(tmp_path, {"evaluation": None, "keep_best_by": ("eval/loss", "min")}, "'eval/loss' needs an evaluation")
+
+
+def test_keeping_the_best_by_what_is_not_measured_is_refused_before_training(tmp_path, model):
+    wrong = QUICK | {"model.source": str(model), "keep_best_by": ("eval/los", "min")}
+    with pytest.raises(
+        ValueError, match=r"no metric 'eval/los'; did you mean 'eval/loss'\? Known: eval/logps/chosen, "
+    ):
+        experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, wrong), root=tmp_path)
+    (folder,) = tmp_path.glob("tiny/*")
+    assert not (folder / "checkpoints").exists()
+
+
+def test_stored_log_probs_serve_held_out_examples_too(tmp_path, model, monkeypatch):
+    made, Store = [], reference.Store
+    monkeypatch.setattr(reference, "Store", lambda *arguments: made.append(Store(*arguments)) or made[-1])
+    changes = QUICK | {"model.source": str(model), "reference": "stored"}
+    folder = experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, changes), root=tmp_path)
+    (store,) = made
+    hits, misses, data = store.hits, store.misses, tiny_run.Pairs().build(None)
+    assert hits >= 2 * 8  # completions held out, at the last evaluation
+    store.attach(collate(data.held_out, Buckets.of(data.train + data.held_out)))
+    assert (store.hits, store.misses) == (hits + 2 * 8, misses)
+    losses = runs.read(folder).metrics["eval/loss"][1]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) != losses[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """An evaluation with texts to read, and with Ctrl-C in its midst once."""
+
+    def build(self, context, data):
+        def evaluate(params, ref_params, *, title):
+            if title == "evaluating step 1" and not self.interrupted:
+                self.interrupted.append(True)
+                raise KeyboardInterrupt
+            return Result(metrics={"length": 1.0}, samples=[{"prompt": "So", "text": f"So: {title}", "reward_a": 0.5}])
+
+        return evaluate
+
+    interrupted: ClassVar[list] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Pairs that differ each time they are asked for."""
+
+    def build(self, context):
+        self.seeds.append(len(self.seeds))
+        pairs = tiny_run.Pairs(num_pairs=40 + 8 * len(self.seeds)).build(context)
+        return dataclasses.replace(pairs, sampled=True)
+
+    seeds: ClassVar[list] = []
+
+
+def test_a_run_that_goes_on_keeps_its_data_and_shows_the_texts_before_and_after(tmp_path, model, monkeypatch):
+    changes = {"model.source": str(model), "evaluation": Readings(), "loop.evaluate_every_steps": 1, "data": Sampled()}
+    value = registry.override(tiny_run.EXPERIMENT, QUICK | changes | {"wandb_project": "mine"})
+    said, logged = [], []
+    sink = lambda project, folder, config: lambda step, numbers: logged.append((project, step))  # noqa: E731
+    monkeypatch.setattr(runs, "wandb_sink", sink)
+    with pytest.raises(train.Stopped, match="stopped at once"):
+        experiment.run("tiny", value, root=tmp_path, say=said.append)
+    (folder,) = tmp_path.glob("tiny/*")
+    shown = " 1. So ...\n    before a +0.50  ': evaluating step 0'\n    after  a +0.50  ': evaluating step 2'"
+    assert shown not in said
+    for _ in range(2):  # the second time the run is finished already
+        said.clear()
+        experiment.run("tiny", value, root=tmp_path, resume=folder, say=said.append)
+        assert shown in said
+    assert Sampled.seeds == [0]
+    assert runs.read(folder).summary["finished"]
+    assert {("mine", 0), ("mine", 2)} <= set(logged)

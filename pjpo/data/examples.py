@@ -27,6 +27,7 @@ class Data:
     held_out: list[Example]
     counts: dict[str, int]  # rows read, used, skipped by reason, and what was noticed
     about: str  # the same to read, with examples of each
+    sampled: bool = False  # drawn from the policy, so that a run keeps it in its folder and goes on with it
 
 
 class Tally:

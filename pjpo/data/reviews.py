@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 
 from pjpo import rollouts
-from pjpo.data import saved as saved_data
 from pjpo.data.examples import Data, Example
 from pjpo.rewards import vader
 from pjpo.sampling import Sampling
@@ -149,9 +148,6 @@ class SampledPairs:
         Raises:
             ValueError: too few reviews, or no opening whose samples differ.
         """
-        saved = pathlib.Path(context.folder) / "pairs.jsonl"  # a run that goes on trains on the pairs it began with
-        if saved.exists():
-            return saved_data.load(saved)
         reviews, encode = read(), context.tokenizer.encode
         sources = {
             use: openings(reviews, use, number, self.opening_tokens, encode, seed=self.seed)
@@ -183,9 +179,7 @@ class SampledPairs:
         margin = np.mean([np.ptp(pair.columns["rewards"]) for pair in pairs])
         sampled = f"{self.num_openings} openings x {self.num_completions} samples"
         about = f"{len(pairs)} pairs from {sampled}, best against worst by VADER, {margin:.2f} apart on average"
-        data = Data(train=pairs, held_out=sources["held_out"], counts=counts, about=about)
-        saved_data.save(saved, data)
-        return data
+        return Data(train=pairs, held_out=sources["held_out"], counts=counts, about=about, sampled=True)
 
     def rank(
         self, sources: Sequence[Example], samples: Batch, scores: np.ndarray

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 
+from pjpo import sharding
 from pjpo.data.batches import in_order
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
+from pjpo.evals.result import Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,23 +24,26 @@ class Config:
         """A function (params, ref_params) -> Result over `data.held_out`, in one shape for each bucket.
 
         Raises:
-            ValueError: there is nothing to evaluate on.
+            ValueError: there is nothing to evaluate on, or a batch that the mesh cannot cut.
         """
         if not data.held_out:
             raise ValueError("held-out evaluation: the data holds nothing out; set num_held_out to 1 or more")
+        sharding.check_batch(context.mesh, self.batch_size, name="evaluation.batch_size")
 
         @jax.jit
         def measure(params, ref_params, batch):
-            ref_logps = None if ref_params is None else context.policy.logps(ref_params, batch)
+            ref_logps = batch.ref_logps  # there already, where the reference is stored
+            if ref_logps is None and ref_params is not None:
+                ref_logps = context.policy.logps(ref_params, batch)
             mean, metrics = context.loss(context.method, batch, context.policy.logps(params, batch), ref_logps)
             return {"loss": mean, **metrics}
 
         def evaluate(params, ref_params, *, title: str = "evaluating") -> Result:
             parts = [
-                jax.device_get(measure(params, ref_params, context.place(batch)))
+                jax.device_get(measure(params, ref_params, context.prepare(batch)))
                 for batch in in_order(data.held_out, self.batch_size, context.buckets)
             ]
             total = jax.tree.map(lambda *x: np.sum(x, axis=0), *parts)
-            return Result({name: float(mean.value()) for name, mean in total.items()}, [])
+            return Result(metrics={name: float(mean.value()) for name, mean in total.items()})
 
         return evaluate

@@ -2,9 +2,8 @@
 
 Used so:
     evaluation = Config().build(context, data)  # trains the judge, once
-    before = evaluation(ref_params, ref_params)  # before.metrics, before.samples
+    before = evaluation(ref_params, ref_params)  # before.metrics, before.samples, and before.best_of to compare with
     after = evaluation(params, ref_params)  # the same openings with the same keys
-    best_of(before)  # what best-of-n sampling would give: the curve to compare with
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import dataclasses
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -22,6 +20,7 @@ from jaxtyping import Float
 
 from pjpo import rollouts
 from pjpo.data import reviews
+from pjpo.evals.result import Result
 from pjpo.rewards import vader
 from pjpo.rewards.judge import SHORT, Judge
 from pjpo.sampling import Sampling
@@ -50,13 +49,6 @@ class Config:
         rates = f"{judge.accuracy:.0%} of held-out reviews, {judge.short_accuracy:.0%} by their first {SHORT} words"
         context.say(f"judge: right on {rates}")
         return Evaluation(self, context, [opening.prompt for opening in data.held_out], judge.reward)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]  # for each opening its first completion, readable
-    rewards: dict[str, Float[np.ndarray, "B N"]]  # reward_vader, reward_judge
 
 
 class Evaluation:
@@ -97,7 +89,7 @@ class Evaluation:
             metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr(values)
         metrics["distinct_2"] = distinct(batch.completion_tokens, batch.completion_mask)
         metrics["mean_length"] = float(batch.completion_mask.sum(-1).mean())
-        samples = [
+        samples = [  # for each opening its first completion
             {
                 "prompt": self.tokenizer.decode(prompt),
                 "text": text[0],
@@ -105,7 +97,7 @@ class Evaluation:
             }
             for row, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True))
         ]
-        return Result(metrics, samples, rewards)
+        return Result(metrics=metrics, samples=samples, best_of=best_of(rewards))
 
     def _logps(self, params, batch: Batch) -> Float[np.ndarray, "B N T"]:
         """As many rows at a time as were sampled together, the last ones filled up with copies: one shape."""
@@ -116,19 +108,19 @@ class Evaluation:
         return np.concatenate(jax.device_get(parts))[:num_rows]
 
 
-def best_of(result: Result, nums: Sequence[int] = (1, 2, 4)) -> dict[str, float]:
-    """Best-of-n by VADER from the samples of `result`, in place of n fresh ones: `best_of/<n>/reward_vader`, ...
+def best_of(rewards: Mapping[str, Float[np.ndarray, "B N"]], nums: Sequence[int] = (1, 2, 4)) -> dict[str, float]:
+    """Best-of-n by VADER from the samples that got `rewards`, in place of n fresh ones: `best_of/<n>/reward_vader`, ...
 
     The expectation over all subsets of n of an opening's N samples, by order statistics: the i-th worst is the best of
     comb(i - 1, n - 1) of them. `kl` is log n - (n - 1)/n, from above. An n beyond N is left out.
     """
-    order = result.rewards["reward_vader"].argsort(axis=1)
+    order = rewards["reward_vader"].argsort(axis=1)
     num_samples = order.shape[1]
     metrics = {}
     for n in (n for n in nums if n <= num_samples):
         weights = np.array([math.comb(i, n - 1) for i in range(num_samples)]) / math.comb(num_samples, n)
-        for name, rewards in result.rewards.items():
-            metrics[f"best_of/{n}/{name}"] = float((np.take_along_axis(rewards, order, axis=1) @ weights).mean())
+        for name, values in rewards.items():
+            metrics[f"best_of/{n}/{name}"] = float((np.take_along_axis(values, order, axis=1) @ weights).mean())
         metrics[f"best_of/{n}/kl"] = math.log(n) - (n - 1) / n
     return metrics
 
@@ -147,14 +139,3 @@ def distinct(tokens: np.ndarray, mask: np.ndarray, n: int = 2) -> float:
     ]
     grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
-
-
-def side_by_side(before: Result, after: Result, num_shown: int = 10) -> str:
-    """The same openings continued by both, with their rewards, for reading."""
-    lines = []
-    for number, (old, new) in enumerate(list(zip(before.samples, after.samples, strict=True))[:num_shown], 1):
-        lines.append(f"{number:2d}. {old['prompt']} ...")
-        for name, row in (("before", old), ("after", new)):
-            scores = f"vader {row['reward_vader']:+.2f}  judge {row['reward_judge']:.2f}"
-            lines.append(f"    {name:6} {scores}  {row['text'].removeprefix(old['prompt'])!r}")
-    return "\n".join(lines)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pjpo import models
-from pjpo.data import reviews
+from pjpo.data import reviews, saved
 from pjpo.data.examples import Example
 from pjpo.sampling import Completions
 from pjpo.types import Batch
@@ -125,9 +125,8 @@ class Words:
         return " ".join(self.vocabulary[i] if i < 4 else "word" for i in ids)
 
 
-def context(policy, folder, key=0):
-    key = jax.random.key(key)
-    return types.SimpleNamespace(policy=policy, params={}, tokenizer=Words(), key=key, folder=folder, say=print)
+def context(policy, key=0):
+    return types.SimpleNamespace(policy=policy, params={}, tokenizer=Words(), key=jax.random.key(key), say=print)
 
 
 @pytest.fixture
@@ -139,12 +138,14 @@ def few_reviews(monkeypatch):
 @pytest.mark.usefixtures("few_reviews")
 def test_the_best_sample_is_chosen_and_the_worst_rejected(tmp_path):
     config = reviews.SampledPairs(num_openings=10, num_held_out=5, num_completions=3, max_completion_tokens=2)
-    data = config.build(context(Parrot(2, 3, 1), tmp_path))
+    data = config.build(context(Parrot(2, 3, 1)))
     assert [[c.tolist() for c in pair.completions] for pair in data.train] == [[[1], [3]]] * 10
     assert len(data.held_out) == 5
     assert all(example.completions == () for example in data.held_out)
     assert data.counts == {"tied": 0}
-    again = config.build(context(None, tmp_path))  # a run that goes on samples nothing: it reads what it began with
+    assert data.sampled
+    saved.save(tmp_path / "pairs.jsonl", data)
+    again = saved.load(tmp_path / "pairs.jsonl")  # as a run that goes on does
     for part in ("train", "held_out"):
         for one, other in zip(getattr(data, part), getattr(again, part), strict=True):
             assert (one.id, one.columns) == (other.id, other.columns)
@@ -156,10 +157,10 @@ def test_the_best_sample_is_chosen_and_the_worst_rejected(tmp_path):
 
 @needs_vader
 @pytest.mark.usefixtures("few_reviews")
-def test_samples_that_all_score_alike_are_an_error_not_an_empty_data_set(tmp_path):
+def test_samples_that_all_score_alike_are_an_error_not_an_empty_data_set():
     config = reviews.SampledPairs(num_openings=10, num_held_out=5, num_completions=2, max_completion_tokens=2)
     with pytest.raises(ValueError, match="none of 10 openings gave a pair"):
-        config.build(context(Parrot(2, 2), tmp_path))
+        config.build(context(Parrot(2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -189,27 +190,20 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
 @needs_vader
 @needs_glass
 @needs_reviews
-def test_a_real_policy_gives_pairs_that_follow_the_key(tmp_path):
+def test_a_real_policy_gives_pairs_that_follow_the_key():
     policy, params, tokenizer = models.load("glassllm-en")
     config = reviews.SampledPairs(num_openings=12, num_held_out=4, max_completion_tokens=16, sampling_batch_size=12)
 
-    def pairs(key, name):
-        (tmp_path / name).mkdir()
-        run = types.SimpleNamespace(
-            policy=policy,
-            params=params,
-            tokenizer=tokenizer,
-            key=jax.random.key(key),
-            folder=tmp_path / name,
-            say=print,
-        )
+    def pairs(key):
+        key = jax.random.key(key)
+        run = types.SimpleNamespace(policy=policy, params=params, tokenizer=tokenizer, key=key, say=print)
         data = config.build(run)
         assert len(data.train) + data.counts["tied"] == 12
         return [tuple(map(tuple, pair.completions)) for pair in data.train]
 
-    first = pairs(0, "a")
-    assert first == pairs(0, "b")
-    assert first != pairs(1, "c")
+    first = pairs(0)
+    assert first == pairs(0)
+    assert first != pairs(1)
 
 
 @pytest.mark.usefixtures("few_reviews")

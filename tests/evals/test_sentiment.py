@@ -99,8 +99,9 @@ def test_metrics_are_those_of_the_texts_that_were_sampled():
     texts = [[" ".join(["great", "table", *(VOCABULARY[i] for i in row)]) for row in group] for group in rows]
     scores = np.array([vader.reward(group) for group in texts])
     lengths = np.array([[len(text) / 100 for text in group] for group in texts])
-    np.testing.assert_allclose(result.rewards["reward_vader"], scores)
-    np.testing.assert_allclose(result.rewards["reward_judge"], lengths)
+    assert [row["reward_vader"] for row in result.samples] == [round(float(row[0]), 3) for row in scores]
+    assert [row["reward_judge"] for row in result.samples] == [round(float(row[0]), 3) for row in lengths]
+    assert result.best_of == sentiment.best_of({"reward_vader": scores, "reward_judge": np.float32(lengths)})
     np.testing.assert_allclose(result.metrics["reward_vader"], scores.mean(), rtol=1e-6)
     np.testing.assert_allclose(result.metrics["reward_judge"], lengths.mean(), rtol=1e-6)
     np.testing.assert_allclose(result.metrics["reward_judge_stderr"], lengths.mean(1).std(ddof=1) / 5**0.5, rtol=1e-5)
@@ -119,7 +120,7 @@ def test_the_same_parameters_give_the_same_result_in_any_batch_size():
 def test_best_of_n_equals_all_subsets_by_hand():
     rng = np.random.default_rng(0)
     rewards = {"reward_vader": rng.normal(size=(3, 4)), "reward_judge": rng.normal(size=(3, 4))}
-    metrics = sentiment.best_of(sentiment.Result({}, [], rewards), nums=(1, 2, 3, 4, 8))
+    metrics = sentiment.best_of(rewards, nums=(1, 2, 3, 4, 8))
     for n in (1, 2, 3, 4):
         best = [
             [max(subset, key=row.__getitem__) for subset in itertools.combinations(range(4), n)]
@@ -145,18 +146,6 @@ def test_standard_error_is_over_openings():
     mean, stderr = sentiment.mean_and_stderr(np.array([[1.0, 1.0], [3.0, 3.0]]))
     assert (mean, stderr) == (2, math.sqrt(2) / math.sqrt(2))  # means 1 and 3: deviation sqrt 2, two openings
     assert math.isnan(sentiment.mean_and_stderr(np.array([[1.0, 2.0]]))[1])
-
-
-def test_side_by_side_shows_both_texts_of_an_opening():
-    row = {"prompt": "The film", "text": "The film is fine", "reward_vader": 0.25, "reward_judge": 0.5}
-    before = sentiment.Result({}, [row, row], {})
-    after = sentiment.Result({}, [{**row, "text": "The film shines", "reward_vader": 0.75}] * 2, {})
-    shown = sentiment.side_by_side(before, after, num_shown=1)
-    assert shown.splitlines() == [
-        " 1. The film ...",
-        "    before vader +0.25  judge 0.50  ' is fine'",
-        "    after  vader +0.75  judge 0.50  ' shines'",
-    ]
 
 
 @pytest.mark.parametrize("name", ["num_completions", "max_completion_tokens", "batch_size"])
@@ -185,4 +174,4 @@ def test_the_judge_learns_from_its_own_reviews_alone(monkeypatch):
     result = config.build(context, data)(params(0), params(0))
     assert set(given) == {review.text for review in some if review.use == "judge"}
     assert "judge: right on" in said[0]
-    assert np.all((result.rewards["reward_judge"] > 0) & (result.rewards["reward_judge"] < 1))
+    assert all(0 < row["reward_judge"] < 1 for row in result.samples)
