@@ -352,9 +352,10 @@ class Unshared:
         return getattr(self.policy, name)
 
 
-def full_logits(hidden, table, targets, block_numbers):
+def full_logits(hidden, table, targets, block_numbers, softcap=None):
     """`pjpo.logps.token_logps` as one writes it at first."""
     logits = jnp.einsum("gcd,vd->gcv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = logps.soft_cap(logits, softcap)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 

@@ -26,9 +26,18 @@ def mean_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) -
     return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def soft_cap(logits: Float[Array, "*rows V"], cap: float | None) -> Float[Array, "*rows V"]:
+    """cap * tanh(logits / cap), which stays within -cap and cap; the logits as they are where there is no cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_logps(
-    hidden: Float[Array, "G C D"], table: Float[Array, "V D"], targets: Int[Array, "G C"], block_numbers: int
+    hidden: Float[Array, "G C D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "G C"],
+    block_numbers: int,
+    softcap: float | None = None,
 ) -> Float[Array, "G C"]:
     """log softmax(hidden @ table.T)[targets], nats, float32.
 
@@ -41,15 +50,16 @@ def token_logps(
         table: the output head, a row per token; any float dtype.
         targets: the token that each state predicts.
         block_numbers: how many logits may exist at once, over all devices.
+        softcap: of the logits, see `soft_cap`.
     """
-    return _forward(hidden, table, targets, block_numbers)[0]
+    return _forward(hidden, table, targets, block_numbers, softcap)[0]
 
 
-def _forward(hidden, table, targets, block_numbers):
+def _forward(hidden, table, targets, block_numbers, softcap):
     head = table.astype(hidden.dtype)
 
     def block(states, targets):
-        logits = dot(states, head, (2,), (1,))
+        logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
         total = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - total, total
 
@@ -57,16 +67,18 @@ def _forward(hidden, table, targets, block_numbers):
     return logps, (hidden, table, targets, totals)
 
 
-def _backward(block_numbers, residuals, cotangents):
+def _backward(block_numbers, softcap, residuals, cotangents):
     hidden, table, targets, totals = residuals
     head = table.astype(hidden.dtype)
 
     def block(dtable, xs):
         states, targets, totals, cotangents = xs
-        logits = dot(states, head, (2,), (1,))
+        logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
         probabilities = jnp.exp(logits - totals[..., None])
         is_target = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
         dlogits = cotangents[..., None] * (is_target - probabilities)
+        if softcap is not None:
+            dlogits *= 1 - jnp.square(logits / softcap)  # the derivative of tanh
         dlogits = dlogits.astype(hidden.dtype)
         dstates = dot(dlogits, head, (2,), (0,)).astype(hidden.dtype)
         return dtable + contract_rows(dlogits, states), dstates

@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from pjpo.logps import soft_cap
 from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, transpose_kernels
 from pjpo.packing import prompt_keys
@@ -123,7 +124,7 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
         attend = Partial(attention.decode, visible, step)
         positions = jnp.broadcast_to(length - 1 + step, shape)
         hidden, caches = decoder.apply(params, inputs, positions, attend, caches)
-        logits = dot(hidden, table, (2,), (1,))  # [B, N, V]
+        logits = soft_cap(dot(hidden, table, (2,), (1,)), config.logit_softcap)  # [B, N, V]
         tokens = jnp.where(ended, 0, choose(sampling, logits, _step_keys(keys, step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         logps = jnp.where(ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))

@@ -1,4 +1,6 @@
-"""The decoder: RMSNorm, rotary grouped-query attention and a gated feed-forward, in Flax Linen; Llama's block.
+"""The decoder: RMSNorm, rotary grouped-query attention and a gated feed-forward, in Flax Linen.
+
+Its config at its defaults is Llama's; the other families are settings of it, see `pjpo.models.families`.
 
 Letters beside those of `pjpo.types`: K key/value heads, Q query heads for each, H numbers a head, F feed-forward width.
 """
@@ -6,6 +8,7 @@ Letters beside those of `pjpo.types`: K key/value heads, Q query heads for each,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,10 +16,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pjpo.models import lora
-from pjpo.models.attention import rotary, rotate
+from pjpo.models.attention import Scoring
+from pjpo.models.rope import Scaling, rotary, rotate
 from pjpo.products import few_rows, product
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
@@ -24,11 +28,16 @@ AXES = {
     ("embed", "table"): ("vocab", "embed"),
     ("head", "table"): ("vocab", "embed"),
     ("qkv", "kernel"): ("embed", "kv_heads", "heads_of_kv", "head_dim"),
+    ("qkv", "bias"): ("kv_heads", "heads_of_kv", "head_dim"),
+    ("q_norm", "scale"): ("norm",),
+    ("k_norm", "scale"): ("norm",),
     ("out", "kernel"): ("kv_heads", "heads_of_kv", "head_dim", "embed"),
     ("gate_up", "kernel"): ("embed", "gate_and_up", "mlp"),
     ("down", "kernel"): ("mlp", "embed"),
     ("attention_norm", "scale"): ("norm",),
+    ("attention_post_norm", "scale"): ("norm",),
     ("mlp_norm", "scale"): ("norm",),
+    ("mlp_post_norm", "scale"): ("norm",),
     ("final_norm", "scale"): ("norm",),
     ("q_adapter", "a"): ("embed", "rank"),
     ("k_adapter", "a"): ("embed", "rank"),
@@ -47,6 +56,7 @@ AXES = {
 }
 
 DTYPES = ("float32", "bfloat16", "float64")
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,19 @@ class Config:
     norm_eps: float
     tied_head: bool
     max_positions: int  # prompt and completion together
+    rope_scaling: Scaling | None = None
+    rope_theta_local: float | None = None  # of layers with a window, without scaling; as the others unless given
+    sliding_window: int | None = None  # positions that a query sees, its own and those before it
+    global_layers: tuple[int, ...] = ()  # numbers of layers that the window does not hold for
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query's and key's head, before its rotation
+    query_scale: float | None = None  # of attention scores; head_dim ** -0.5 unless given
+    attention_softcap: float | None = None  # see `pjpo.logps.soft_cap`
+    logit_softcap: float | None = None
+    post_norms: bool = False  # RMSNorm of what attention and feed-forward give, before it is added
+    norm_plus_one: bool = False  # norms multiply by 1 + scale
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embed_scale: float = 1.0  # of embeddings as they enter the first layer
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of products and activations
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the weights at rest
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
@@ -77,9 +100,19 @@ class Config:
             raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"model: rotary embedding needs an even head_dim, got {self.head_dim}")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"model: {name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        for name, allowed in {"dtype": DTYPES, "param_dtype": DTYPES, "activation": ACTIVATIONS}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("rope_theta_local", "query_scale", "attention_softcap", "logit_softcap", "embed_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"model: {name} must be > 0, got {value}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"model: sliding_window must be at least 1, got {self.sliding_window}")
+        if self.sliding_window is None and (self.global_layers or self.rope_theta_local):
+            raise ValueError("model: global_layers and rope_theta_local mean something only with a sliding_window")
+        if any(not 0 <= layer < self.num_layers for layer in self.global_layers):
+            raise ValueError(f"model: global_layers {self.global_layers} are not all among {self.num_layers} layers")
         if self.head_block_numbers < self.vocab_size:
             raise ValueError(
                 f"model: head_block_numbers {self.head_block_numbers} holds no position's {self.vocab_size} logits"
@@ -91,19 +124,27 @@ class Config:
     def heads_of_kv(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Of each layer, whether the window holds for it."""
+        return tuple(self.sliding_window is not None and i not in self.global_layers for i in range(self.num_layers))
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in float32. Zhang and Sennrich 2019, Eq. 4."""
+    """x / rms(x) * scale, in float32. Zhang and Sennrich 2019, Eq. 4. With `plus_one`, times 1 + scale."""
 
     eps: float
     param_dtype: Any
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))).astype(x.dtype)
+        scale = jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))
+        return (normed * (1 + scale if self.plus_one else scale)).astype(x.dtype)
 
 
 class Kernel(nn.Module):
@@ -112,6 +153,7 @@ class Kernel(nn.Module):
     shape: tuple[int, ...]
     num_in: int  # how many leading axes of the kernel are contracted
     param_dtype: Any
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -121,53 +163,79 @@ class Kernel(nn.Module):
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
         if self.has_variable("transposed", "kernel"):
-            return few_rows(x, kernel, self.get_variable("transposed", "kernel"))
-        return product(x, kernel)
+            out = few_rows(x, kernel, self.get_variable("transposed", "kernel"))
+        else:
+            out = product(x, kernel)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.shape[self.num_in :], self.param_dtype)
+            out += jnp.expand_dims(bias.astype(out.dtype), range(out.ndim - bias.ndim))
+        return out
 
 
 class Block(nn.Module):
-    """One layer. `attend(qkv, cache) -> (out, cache)` decides who sees whom: see `pjpo.models.attention`."""
+    """One layer. `attend(qkv, cache, scoring) -> (out, cache)` decides who sees whom: see `pjpo.models.attention`."""
 
     config: Config
+    local: bool | None  # whether the window holds; None where that is not known before `is_local` comes
 
     @nn.compact
-    def __call__(self, x: Float[Array, "G M D"], turns: tuple[Array, Array], attend: Callable, cache: Any):
+    def __call__(
+        self,
+        x: Float[Array, "G M D"],
+        turns: tuple[tuple[Array, Array], ...],
+        is_local: Bool[Array, ""] | None,
+        attend: Callable,
+        cache: Any,
+    ):
+        """`turns` are those of global and of local layers, or one pair for all."""
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
+        norm = functools.partial(RMSNorm, c.norm_eps, dtype, c.norm_plus_one)
         k, q, h = c.num_kv_heads, c.heads_of_kv, c.head_dim
+        if is_local is None:
+            turns, window = (turns[-1], c.sliding_window) if self.local else (turns[0], None)
+        else:
+            turns = jax.tree.map(lambda everywhere, near: jnp.where(is_local, near, everywhere), turns[0], turns[-1])
+            window = jnp.where(is_local, c.sliding_window, c.max_positions)
+        scoring = Scoring(h**-0.5 if c.query_scale is None else c.query_scale, c.attention_softcap, window)
 
         def adapter(projection: str, x: Array, *out: int) -> Array | None:
             if c.lora is None or projection not in c.lora.targets:
                 return None
             return lora.Adapter(c.lora, out, dtype, name=f"{projection}_adapter")(x)
 
-        normed = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        qkv = Kernel((c.model_dim, k, q + 2, h), 1, dtype, name="qkv")(normed)
+        normed = norm(name="attention_norm")(x)
+        qkv = Kernel((c.model_dim, k, q + 2, h), 1, dtype, c.qkv_bias, name="qkv")(normed)
         queries, key, value = (
             adapter("q", normed, k, q, h),
             adapter("k", normed, k, 1, h),
             adapter("v", normed, k, 1, h),
         )
         qkv = _add_parts(qkv, [(queries, q), (key, 1), (value, 1)])
-        attended, cache = attend(rotate(qkv, turns), cache)
+        if c.qk_norm:
+            queries, key, value = jnp.split(qkv, [q, q + 1], axis=-2)
+            qkv = jnp.concatenate([norm(name="q_norm")(queries), norm(name="k_norm")(key), value], axis=-2)
+        attended, cache = attend(rotate(qkv, turns), cache, scoring)
         flat = attended.reshape(*attended.shape[:-3], -1)
-        x = x + _add(Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended), adapter("o", flat, c.model_dim))
+        mixed = _add(Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended), adapter("o", flat, c.model_dim))
+        x = x + (norm(name="attention_post_norm")(mixed) if c.post_norms else mixed)
 
-        normed = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        normed = norm(name="mlp_norm")(x)
         gate_up = Kernel((c.model_dim, 2, c.mlp_dim), 1, dtype, name="gate_up")(normed)
         gate_up = _add_parts(
             gate_up, [(adapter("gate", normed, 1, c.mlp_dim), 1), (adapter("up", normed, 1, c.mlp_dim), 1)]
         )
-        hidden = swiglu(gate_up)
+        hidden = gated(gate_up, c.activation)
         down = Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden)
-        return x + _add(down, adapter("down", hidden, c.model_dim)), cache
+        mixed = _add(down, adapter("down", hidden, c.model_dim))
+        return x + (norm(name="mlp_post_norm")(mixed) if c.post_norms else mixed), cache
 
 
-def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
-    """silu(gate) * up, in float32. Shazeer 2020, arXiv:2002.05202, Eq. 6."""
+def gated(gate_up: Float[Array, "*rows 2 F"], activation: str) -> Float[Array, "*rows F"]:
+    """activation(gate) * up, in float32. Shazeer 2020, arXiv:2002.05202, Eq. 6: SwiGLU and GEGLU."""
     wide = gate_up.astype(jnp.promote_types(gate_up.dtype, jnp.float32))
     gate, up = jnp.split(wide, 2, axis=-2)  # not indexing: the gradient of a split is one concatenation
-    return (nn.silu(gate) * up).reshape(*gate_up.shape[:-2], -1).astype(gate_up.dtype)
+    return (ACTIVATIONS[activation](gate) * up).reshape(*gate_up.shape[:-2], -1).astype(gate_up.dtype)
 
 
 def _add(x: Array, update: Array | None) -> Array:
@@ -194,26 +262,34 @@ class Decoder(nn.Module):
         c = self.config
         embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
         x = embed()[tokens].astype(c.dtype)
-        turns = rotary(positions, c.head_dim, c.rope_theta, c.dtype)
+        if c.embed_scale != 1:
+            x *= c.embed_scale
+        turns = (rotary(positions, c.head_dim, c.rope_theta, c.dtype, c.rope_scaling),)
+        if c.rope_theta_local is not None:
+            turns += (rotary(positions, c.head_dim, c.rope_theta_local, c.dtype),)
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "lora": 0, "transposed": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0, nn.broadcast, 0),
                 length=c.num_layers,
             )
-            x, caches = layers(c, name="layers")(x, turns, attend, caches)
+            alike = len(set(c.local_layers)) == 1
+            local, is_local = (c.local_layers[0], None) if alike else (None, jnp.array(c.local_layers))
+            x, caches = layers(c, local, name="layers")(x, turns, is_local, attend, caches)
         else:
             each = []
-            for i in range(c.num_layers):
-                x, cache = block(c, name=f"layers_{i}")(x, turns, attend, None if caches is None else caches[i])
+            for i, local in enumerate(c.local_layers):
+                cache = None if caches is None else caches[i]
+                x, cache = block(c, local, name=f"layers_{i}")(x, turns, None, attend, cache)
                 each.append(cache)
             caches = tuple(each)
         if not c.tied_head:
             Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="head")()
-        return RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), name="final_norm")(x), caches
+        final_norm = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), c.norm_plus_one, name="final_norm")
+        return final_norm(x), caches
 
 
 class Table(nn.Module):

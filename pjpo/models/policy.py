@@ -84,7 +84,7 @@ def _logps(config: Config, params: dict, batch: Batch) -> Array:
     slots = streams.join(jnp.zeros_like(batch.prompt_tokens), batch.completion_tokens)
     targets = streams.completions_of(streams.to_places(slots))
     hidden = streams.completions_of(hidden)
-    logps = token_logps(hidden, head_table(config, params), targets, config.head_block_numbers)
+    logps = token_logps(hidden, head_table(config, params), targets, config.head_block_numbers, config.logit_softcap)
     everywhere = jnp.pad(logps, [(0, 0), (streams.tokens.shape[1] - logps.shape[1], 0)])
     _, logps = streams.split(streams.to_slots(everywhere))
     # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.

@@ -12,6 +12,7 @@ from hypothesis import strategies
 
 from pjpo.models import lora
 from pjpo.models.decoder import Config
+from pjpo.models.rope import Scaling
 from pjpo.packing import pack
 from pjpo.types import Batch
 from tests import tiny
@@ -23,6 +24,22 @@ from tests.models import plain_llama
 LOGPS_BOUND, GRADIENT_BOUND = 3e-5, 4e-5
 ALL = lora.Config(rank=3, alpha=1.5)
 SOME = lora.Config(rank=2, alpha=3.0, targets=("v", "gate", "o"))
+SLOWED = Scaling(kind="llama3", factor=4.0, low_freq_factor=0.5, high_freq_factor=1.5, original_positions=16)
+GEMMA = {  # the settings of Gemma 2 and 3 together; windows shorter than the prompts
+    "num_layers": 3,
+    "sliding_window": 3,
+    "global_layers": (1,),
+    "rope_theta_local": 10.0,
+    "rope_scaling": Scaling(kind="linear", factor=3.0),
+    "qk_norm": True,
+    "query_scale": 0.1,
+    "attention_softcap": 1.0,
+    "logit_softcap": 2.0,
+    "post_norms": True,
+    "norm_plus_one": True,
+    "activation": "gelu_tanh",
+    "embed_scale": 12**0.5,
+}
 CASES = {  # completions of a prompt, groups that are packed apart (0: not packed), settings of the model
     "1 completion": (1, 0, {}),
     "2 completions": (2, 0, {}),
@@ -39,6 +56,9 @@ CASES = {  # completions of a prompt, groups that are packed apart (0: not packe
         2,
         {"scan_layers": True, "remat": True, "lora": SOME, "tied_head": False, "head_block_numbers": 37 * 7},
     ),
+    "window, biases, slowed rotation": (2, 0, {"sliding_window": 2, "qkv_bias": True, "rope_scaling": SLOWED}),
+    "Gemma, packed, head in blocks": (8, 2, GEMMA | {"head_block_numbers": 37 * 11}),
+    "Gemma, scanned, recomputed layers, adapters": (2, 0, GEMMA | {"scan_layers": True, "remat": True, "lora": ALL}),
 }
 
 
@@ -147,10 +167,11 @@ def test_bfloat16_stays_close():
     np.testing.assert_allclose(logps, expected, rtol=0, atol=0.3)
 
 
-def test_float64_is_float64_all_the_way():
+@pytest.mark.parametrize("settings", [{"num_layers": 1}, GEMMA])
+def test_float64_is_float64_all_the_way(settings):
     # Any part of it in float32 would leave 1e-7; the angles of the rotary embedding once did.
     with jax.enable_x64(True):
-        policy = tiny.make_policy(dtype="float64", param_dtype="float64", num_layers=1)
+        policy = tiny.make_policy(dtype="float64", param_dtype="float64", **settings)
         rng = np.random.default_rng(0)
         batch = tiny.ragged(rng)
         weights = rng.normal(size=batch.completion_tokens.shape)
@@ -260,12 +281,33 @@ def test_logps_refuse_more_positions_than_the_model_has():
         ({"dtype": "float16"}, "model: dtype must be one of float32, bfloat16, float64, got 'float16'"),
         ({"param_dtype": "int8"}, "model: param_dtype must be one of"),
         ({"head_block_numbers": 36}, "model: head_block_numbers 36 holds no position's 37 logits"),
+        ({"activation": "gelu"}, "model: activation must be one of silu, gelu_tanh, got 'gelu'"),
+        ({"logit_softcap": 0.0}, "model: logit_softcap must be > 0, got 0.0"),
+        ({"query_scale": float("nan")}, "model: query_scale must be > 0, got nan"),
+        ({"sliding_window": 0}, "model: sliding_window must be at least 1, got 0"),
+        ({"rope_theta_local": 5.0}, "model: global_layers and rope_theta_local mean something only with a sliding_win"),
+        ({"sliding_window": 3, "global_layers": (2,)}, r"model: global_layers \(2,\) are not all among 2 layers"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_models_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny.make_policy(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "yarn"}, "rope_scaling: kind must be one of linear, llama3, got 'yarn'"),
+        ({"factor": 0.5}, "rope_scaling: factor must be >= 1, got 0.5"),
+        ({"low_freq_factor": 4.0}, "0 < low_freq_factor < high_freq_factor must hold, got 4.0 and 4.0"),
+        ({"original_positions": 0}, "rope_scaling: original_positions must be >= 1, got 0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_scalings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Scaling(**{"kind": "llama3", "factor": 8.0} | settings)
 
 
 @pytest.mark.parametrize(
