@@ -1,30 +1,32 @@
-"""GGUF files of the llama architecture, any quantisation that the `gguf` package can undo."""
+"""GGUF files as llama.cpp writes them, any quantisation that the `gguf` package can undo."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pjpo.models import families, names
+from pjpo.models.rope import Scaling
 from pjpo.models.weights import Checkpoint
 from pjpo.tokenizer import Tokenizer
 
-NAMES = {
-    "embed": "token_embd.weight",
-    "attention_norm": "blk.{}.attn_norm.weight",
-    "q": "blk.{}.attn_q.weight",
-    "k": "blk.{}.attn_k.weight",
-    "v": "blk.{}.attn_v.weight",
-    "o": "blk.{}.attn_output.weight",
-    "mlp_norm": "blk.{}.ffn_norm.weight",
-    "gate": "blk.{}.ffn_gate.weight",
-    "up": "blk.{}.ffn_up.weight",
-    "down": "blk.{}.ffn_down.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
+ARCHITECTURES = {  # llama.cpp's name -> ours; its "llama" is Mistral too
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
 }
+# What files of these do not always say: one layer in so many has no window; the layers of the 27B model; soft caps.
+GEMMA = {
+    "gemma2": {"period": 2, "largest": 46, "attention_softcap": 50.0, "logit_softcap": 30.0},
+    "gemma3": {"period": 6, "largest": 62, "attention_softcap": 0.0, "logit_softcap": 0.0},
+}
+ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def read(path: Path) -> Checkpoint:
@@ -47,50 +49,95 @@ def read(path: Path) -> Checkpoint:
     def load(name: str) -> np.ndarray:
         return dequantize(tensors[name].data, tensors[name].tensor_type)
 
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported, allowed: {', '.join(ARCHITECTURES)}")
+    divisors = load(ROPE_DIVISORS) if ROPE_DIVISORS in tensors else None
     return Checkpoint(
         path=path,
-        config=_config(path, fields, tied_head=NAMES["head"] not in tensors),
-        names=NAMES,
-        stored=tensors.keys(),
+        config=_config(path, architecture, fields, names.GGUF["head"] not in tensors, divisors),
+        names=names.GGUF,
+        stored=tensors.keys() - {ROPE_DIVISORS},
         read=load,
         out_in=True,
-        adjacent_pairs=True,
+        adjacent_pairs=architecture == "llama",
+        whole_norms=True,
         tokenizer=Tokenizer.from_gguf(fields),
     )
 
 
-def _config(path: Path, fields: dict[str, Any], tied_head: bool) -> dict[str, Any]:
+def _config(
+    path: Path, architecture: str, fields: dict[str, Any], tied_head: bool, divisors: np.ndarray | None
+) -> dict[str, Any]:
     def get(name: str, default: Any = None) -> Any:
-        value = fields.get(f"llama.{name}", default)
+        value = fields.get(f"{architecture}.{name}", default)
         if value is None:
-            raise ValueError(f"{path}: the file does not say 'llama.{name}'")
+            raise ValueError(f"{path}: the file does not say '{architecture}.{name}'")
         return value
 
-    if fields.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: architecture {fields.get('general.architecture')!r} is not supported, only 'llama'")
-    num_heads, model_dim = get("attention.head_count"), get("embedding_length")
+    def decimal(name: str, default: Any = None) -> float:
+        return float(str(np.float32(get(name, default))))  # 1e-5, where float32 made it 9.99999974e-06
+
+    num_layers, num_heads, model_dim = get("block_count"), get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", model_dim // num_heads)
     only = {
-        "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0,
-        "rope.scale_linear": 1.0,
-        "rope.dimension_count": head_dim,
-        "attention.value_length": head_dim,
-        "expert_count": 0,
+        "rope.scaling.type": ("none", "linear"),
+        "rope.scale_linear": (1.0,),
+        "rope.dimension_count": (head_dim,),
+        "attention.value_length": (head_dim,),
+        "expert_count": (0,),
     }
     for name, allowed in only.items():
-        if (value := get(name, allowed)) != allowed:
-            raise ValueError(f"{path}: llama.{name} = {value!r} is not supported by this decoder, only {allowed!r}")
-    return {
+        if (value := get(name, allowed[0])) not in allowed:
+            raise ValueError(
+                f"{path}: {architecture}.{name} = {value!r} is not supported by this decoder, "
+                f"only {' or '.join(map(repr, allowed))}"
+            )
+    factor = decimal("rope.scaling.factor", 1.0) if get("rope.scaling.type", "linear") == "linear" else 1.0
+    settings = families.FAMILIES[ARCHITECTURES[architecture]] | {
         "vocab_size": get("vocab_size", len(fields.get("tokenizer.ggml.tokens", ()))),
-        "num_layers": get("block_count"),
+        "num_layers": num_layers,
         "model_dim": model_dim,
         "num_heads": num_heads,
         "num_kv_heads": get("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "mlp_dim": get("feed_forward_length"),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),  # 1e-5, not 9.99999974e-06
+        "rope_theta": decimal("rope.freq_base", 10000.0),
+        "norm_eps": decimal("attention.layer_norm_rms_epsilon"),
         "tied_head": tied_head,
         "max_positions": get("context_length"),
+        "rope_scaling": Scaling(kind="linear", factor=factor) if factor != 1 else None,
     }
+    if divisors is not None:
+        settings["rope_scaling"] = _llama3(path, settings, divisors)
+    if architecture in GEMMA:
+        settings |= _gemma(architecture, settings, get, decimal)
+    elif (window := get("attention.sliding_window", 0)) > 0:
+        settings["sliding_window"] = window
+    return settings
+
+
+def _gemma(architecture: str, settings: dict[str, Any], get: Callable, decimal: Callable) -> dict[str, Any]:
+    known, num_layers, model_dim = GEMMA[architecture], settings["num_layers"], settings["model_dim"]
+    # No key holds what scores are divided by: the root of a head's size, but in the largest models of a head's share.
+    divided = model_dim // settings["num_heads"] if num_layers == known["largest"] else settings["head_dim"]
+    period = get("attention.sliding_window_pattern", known["period"])
+    return {
+        "embed_scale": model_dim**0.5,
+        "query_scale": divided**-0.5,
+        "attention_softcap": decimal("attn_logit_softcapping", known["attention_softcap"]) or None,
+        "logit_softcap": decimal("final_logit_softcapping", known["logit_softcap"]) or None,
+        "sliding_window": get("attention.sliding_window", 4096),
+        "global_layers": tuple(range(period - 1, num_layers, period)),
+        "rope_theta_local": decimal("rope.freq_base_swa", 10000.0) if architecture == "gemma3" else None,
+    }
+
+
+def _llama3(path: Path, settings: dict[str, Any], divisors: np.ndarray) -> Scaling:
+    """The scaling that such divisors of RoPE's frequencies come from; Llama 3's models differ in the factor alone."""
+    half = settings["head_dim"] // 2
+    scaling = Scaling(kind="llama3", factor=float(divisors.max()))
+    frequencies = settings["rope_theta"] ** (-np.arange(half) / half)
+    if divisors.shape != (half,) or not np.allclose(frequencies / scaling.apply(frequencies), divisors, rtol=1e-4):
+        raise ValueError(f"{path}: {ROPE_DIVISORS} holds another scaling than Llama 3's, which is not supported")
+    return scaling

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pjpo.models import families, names
 from pjpo.models.weights import Checkpoint
 from pjpo.tokenizer import Tokenizer, read_json
-
-NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "attention_norm": "model.layers.{}.input_layernorm.weight",
-    "q": "model.layers.{}.self_attn.q_proj.weight",
-    "k": "model.layers.{}.self_attn.k_proj.weight",
-    "v": "model.layers.{}.self_attn.v_proj.weight",
-    "o": "model.layers.{}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "gate": "model.layers.{}.mlp.gate_proj.weight",
-    "up": "model.layers.{}.mlp.up_proj.weight",
-    "down": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-# Settings of config.json that would change the numbers, and the one value of each that this decoder computes.
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "sliding_window": None,
-    "quantization_config": None,
-}
-PLAIN_ROPE = (None, "default", 1.0)  # what may stand in config.json beside rope_theta
 
 
 def read(folder: Path) -> Checkpoint:
@@ -49,19 +23,25 @@ def read(folder: Path) -> Checkpoint:
         raise FileNotFoundError(
             f"{folder} has no config.json; a model's folder holds config.json, model.safetensors and tokenizer.json"
         )
-    config = _config(folder / "config.json")
-    files = {name: opened for opened in _open_files(folder) for name in opened.keys()}  # noqa: SIM118
+    path = folder / "config.json"
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch it again")
+    config = families.from_config_json(stored, path)
+    files = {name: path for path in _files(folder) for name in _tensor_names(path)}
 
     def load(name: str) -> np.ndarray:
-        return files[name].get_tensor(name)
+        with _open(files[name]) as file:  # for this tensor alone, so that no more of the file stays in memory
+            return file.get_tensor(name)
 
+    file_names = names.hugging_face(config.get("post_norms", False))
     # Old files also store RoPE's frequencies, which follow from the config, and tied ones the embedding a second time.
     derived = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    derived |= {NAMES["head"]} if config["tied_head"] else set()
+    derived |= {file_names["head"]} if config["tied_head"] else set()
     return Checkpoint(
         path=folder,
         config=config,
-        names=NAMES,
+        names=file_names,
         stored=files.keys() - derived,
         read=load,
         out_in=True,
@@ -70,53 +50,45 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-
-    def get(name: str, default: Any = None) -> Any:
-        value = default if config.get(name) is None else config[name]
-        if value is None:
-            raise ValueError(f"{path}: the file does not say {name!r}")
-        return value
-
-    if config.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type {config.get('model_type')!r} is not supported, only 'llama'")
-    for name, allowed in ONLY.items():
-        if config.get(name, allowed) not in (allowed, None):
-            raise ValueError(f"{path}: {name} = {config[name]!r} is not supported by this decoder, only {allowed!r}")
-    rope = {"rope_theta": config.get("rope_theta")}  # since version 5 of transformers in a dict of its own
-    for name in ("rope_scaling", "rope_parameters"):
-        rope |= config.get(name) or {}
-    if scaling := {name: value for name, value in rope.items() if name != "rope_theta" and value not in PLAIN_ROPE}:
-        raise ValueError(f"{path}: RoPE with {json.dumps(scaling)} is not supported by this decoder, only plain RoPE")
-    num_heads, model_dim = get("num_attention_heads"), get("hidden_size")
-    return {
-        "vocab_size": get("vocab_size"),
-        "num_layers": get("num_hidden_layers"),
-        "model_dim": model_dim,
-        "num_heads": num_heads,
-        "num_kv_heads": get("num_key_value_heads", num_heads),
-        "head_dim": get("head_dim", model_dim // num_heads),
-        "mlp_dim": get("intermediate_size"),
-        "rope_theta": float(rope["rope_theta"] or 10000.0),
-        "norm_eps": get("rms_norm_eps", 1e-6),
-        "tied_head": get("tie_word_embeddings", False),
-        "max_positions": get("max_position_embeddings", 2048),
-    }
+def _files(folder: Path) -> list[Path]:
+    """The folder's weights: one file, or those that its index names."""
+    index = folder / "model.safetensors.index.json"
+    wanted = ["model.safetensors"]
+    if index.is_file():
+        weight_map = read_json(index)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no 'weight_map' from tensors to files; fetch it again")
+        wanted = sorted(set(map(str, weight_map.values())))
+    for name in wanted:
+        if name != Path(name).name:
+            raise ValueError(f"{index} names {name!r}; allowed: files of its own folder, without a path")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing{_pickled(folder)}")
+    return [folder / name for name in wanted]
 
 
-def _open_files(folder: Path) -> list[Any]:
+def _pickled(folder: Path) -> str:
+    """What to say about weights that are there, in a form that is not read."""
+    found = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))]
+    if not found:
+        return "; weights are read from safetensors files alone, fetch the rest of the model"
+    return (
+        f"; {found[0]} is a pickle, which can run any code and is not read. Where you trust it, convert it: "
+        "`transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)`"
+    )
+
+
+def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open  # here, so that importing pjpo stays fast
 
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    opened = []
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; weights are read from safetensors files alone")
-        try:
-            opened.append(safe_open(path, framework="np"))
-        except SafetensorError as error:
-            size = path.stat().st_size
-            raise ValueError(f"{path} ({size:,} bytes) is damaged or cut short, fetch it again: {error}") from error
-    return opened
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size:,} bytes) is damaged or cut short, fetch it again: {error}") from error
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())

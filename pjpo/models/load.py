@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from pjpo import sharding
 from pjpo.models import decoder, gguf, glassllm, huggingface, weights
@@ -61,12 +59,14 @@ def load(
             f"the model only {config.vocab_size}; one of the two belongs to another model"
         )
     policy = Policy(config)
-    params = weights.to_params(checkpoint, config, jnp.asarray if mesh is None else np.asarray)
+    abstract = jax.eval_shape(policy.init, jax.random.key(0))
+    weights_only = {"params": abstract["params"]}
+    shardings = None if mesh is None else sharding.shardings(weights_only, mesh)
+    params = weights.to_params(checkpoint, config, weights_only, shardings)
     if config.lora is not None:
         draw = jax.jit(lambda key: policy.init(key)["lora"])  # the compiler drops the weights that nobody asks for
-        params["lora"] = draw(jax.random.key(0) if key is None else key)
-    if mesh is not None:
-        params = sharding.place(params, mesh)
+        adapters = {"lora": draw(jax.random.key(0) if key is None else key)}
+        params |= adapters if mesh is None else sharding.place(adapters, mesh)
     return policy, params, checkpoint.tokenizer
 
 

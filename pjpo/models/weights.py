@@ -1,9 +1,9 @@
-"""The tensors of a Llama-family checkpoint, whatever file they lie in, to the decoder's parameter tree."""
+"""The tensors of a checkpoint, whatever file they lie in, to the decoder's parameter tree."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjpo.models import decoder
+from pjpo.models import decoder, names
 from pjpo.tokenizer import Tokenizer
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+Place = tuple[slice, ...]  # of a part in an array, a slice with both ends for every axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,76 +23,103 @@ class Checkpoint:
 
     path: Path  # named in errors
     config: dict[str, Any]  # the fields of `decoder.Config` that the file decides
-    names: dict[str, str]  # our name of a tensor -> the file's; "{}" stands for the number of the layer
+    names: dict[str, str]  # our name of a tensor -> the file's, as in `pjpo.models.names`
     stored: Collection[str]  # the file's names of all its tensors that carry weights
     read: Callable[[str], np.ndarray]  # one tensor by the file's name
     out_in: bool  # matrices are (out, in); (in, out) otherwise
     adjacent_pairs: bool  # RoPE turns coordinates 2j and 2j+1 of a head; j and j + hd/2, as our decoder, otherwise
+    whole_norms: bool = False  # norms are stored as what they multiply by, also where ours multiply by 1 + scale
     tokenizer: Tokenizer
 
 
-def to_params(checkpoint: Checkpoint, config: decoder.Config, put: Callable = np.asarray) -> dict:
-    """Parameters in `config.param_dtype`, read layer by layer; `put` takes each array off the host as it is ready.
+def to_params(checkpoint: Checkpoint, config: decoder.Config, abstract: dict, shardings: Any = None) -> dict:
+    """The parameters; a host reads one tensor at a time and keeps only what its own devices hold.
+
+    Args:
+        checkpoint: the file.
+        config: the model.
+        abstract: what its `init` gives: shapes and dtypes.
+        shardings: of every leaf; the default device, uncommitted, without them.
 
     Raises:
         ValueError: a tensor that is missing, left over, of another shape than `config` asks for, or not of floats.
     """
-    shapes = _shapes(config)
-    wanted = [
+    tensors = names.tensors(config)
+    wanted = {
         checkpoint.names[name].format(i)
-        for name in shapes
+        for name in tensors
         for i in range(config.num_layers if "{}" in checkpoint.names[name] else 1)
-    ]
-    _check_names(checkpoint.path, set(wanted), set(checkpoint.stored))
-    split = config.num_kv_heads, config.heads_of_kv, config.head_dim
-    dtype = jnp.dtype(config.param_dtype)
+    }
+    _check_names(checkpoint.path, wanted, set(checkpoint.stored))
 
-    def tensor(name: str, layer: int = 0) -> np.ndarray:
-        turned = checkpoint.out_in and name in MATRICES
-        stored, shape = checkpoint.names[name].format(layer), shapes[name][::-1] if turned else shapes[name]
-        value = checkpoint.read(stored)
-        if value.shape != shape:
-            raise ValueError(
-                f"{checkpoint.path}: tensor {stored!r} has shape {value.shape}, the model's config asks for {shape}"
+    def fill(path: tuple, leaf: Any, sharding: Any = None) -> jax.Array:
+        *_, scope, module, kind = (entry.key for entry in path)
+        layers = {"params": [0], "layers": range(config.num_layers)}.get(scope) or [int(scope.removeprefix("layers_"))]
+        parts = (
+            (
+                (slice(i, i + 1), *tensor.where) if scope == "layers" else tensor.where,
+                _read(checkpoint, config, name, tensor, i),
             )
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{checkpoint.path}: tensor {stored!r} holds {value.dtype}, allowed: floating point")
-        return np.array(value.T if turned else value, dtype, order="C")  # a copy, never a view of the file
+            for name, tensor in tensors.items()
+            if tensor.path == (module, kind)
+            for i in layers
+        )
+        return _assemble(leaf, parts, sharding)
 
-    def heads(name: str, layer: int) -> np.ndarray:  # [D, K, heads of one kv head, hd]
-        matrix = tensor(name, layer)
-        if checkpoint.adjacent_pairs and name != "v":
-            matrix = matrix.reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2)
-        return matrix.reshape(config.model_dim, config.num_kv_heads, -1, config.head_dim)
-
-    def block(i: int) -> dict:
-        return {
-            "attention_norm": {"scale": tensor("attention_norm", i)},
-            "qkv": {"kernel": np.concatenate([heads(name, i) for name in "qkv"], axis=2)},
-            "out": {"kernel": tensor("o", i).reshape(*split, config.model_dim)},
-            "mlp_norm": {"scale": tensor("mlp_norm", i)},
-            "gate_up": {"kernel": np.stack([tensor("gate", i), tensor("up", i)], axis=1)},
-            "down": {"kernel": tensor("down", i)},
-        }
-
-    tree = {"embed": {"table": put(tensor("embed"))}, "final_norm": {"scale": put(tensor("final_norm"))}}
-    if not config.tied_head:
-        tree["head"] = {"table": put(tensor("head"))}
-    if config.scan_layers:
-        tree["layers"] = jax.tree.map(put, _stack(block, config.num_layers))
-    else:
-        tree |= {f"layers_{i}": jax.tree.map(put, block(i)) for i in range(config.num_layers)}
-    return {"params": tree}
+    return jax.tree_util.tree_map_with_path(fill, abstract, *([] if shardings is None else [shardings]))
 
 
-def _shapes(config: decoder.Config) -> dict[str, tuple[int, ...]]:
-    """Of every tensor by our name, matrices (in, out)."""
-    model, mlp, vocab = config.model_dim, config.mlp_dim, config.vocab_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {"embed": (vocab, model), "final_norm": (model,), "attention_norm": (model,), "mlp_norm": (model,)}
-    shapes |= {"q": (model, queries), "k": (model, keys), "v": (model, keys), "o": (queries, model)}
-    shapes |= {"gate": (model, mlp), "up": (model, mlp), "down": (mlp, model)}
-    return shapes if config.tied_head else shapes | {"head": (vocab, model)}
+def _read(checkpoint: Checkpoint, config: decoder.Config, name: str, tensor: names.Tensor, layer: int) -> np.ndarray:
+    """One tensor, of the shape of its part of our leaf."""
+    stored_name = checkpoint.names[name].format(layer)
+    value = checkpoint.read(stored_name)
+    turned = tensor.matrix and not checkpoint.out_in
+    shape = tensor.stored[::-1] if turned else tensor.stored
+    if value.shape != shape:
+        raise ValueError(
+            f"{checkpoint.path}: tensor {stored_name!r} has shape {value.shape}, the model's config asks for {shape}"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{checkpoint.path}: tensor {stored_name!r} holds {value.dtype}, allowed: floating point")
+    part = tensor.fold(value.T if turned else value)
+    if checkpoint.adjacent_pairs and name in ("q", "k"):
+        part = part.reshape(*part.shape[:-1], config.head_dim // 2, 2).swapaxes(-1, -2).reshape(part.shape)
+    if checkpoint.whole_norms and config.norm_plus_one and tensor.path[1] == "scale":
+        part = part - 1
+    return part
+
+
+def _assemble(leaf: Any, parts: Iterable[tuple[Place, np.ndarray]], sharding: Any) -> jax.Array:
+    """A leaf from its parts, each copied into this host's shards before the next one is read."""
+    everywhere = {None: (slice(None),) * leaf.ndim}
+    places = everywhere if sharding is None else sharding.addressable_devices_indices_map(leaf.shape)
+    places = {device: _with_ends(place, leaf.shape) for device, place in places.items()}
+    shards = {str(place): (np.empty(_sizes(place), leaf.dtype), place) for place in places.values()}
+    for where, part in parts:
+        for shard, place in shards.values():
+            _copy(part.reshape(_sizes(where)), where, shard, place)
+        del part  # or it would live until the next one has been read
+    arrays = [jax.device_put(shards[str(place)][0], device) for device, place in places.items()]
+    return arrays[0] if sharding is None else jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _copy(part: np.ndarray, where: Place, shard: np.ndarray, place: Place) -> None:
+    """The numbers that a part, `where` in a leaf, shares with a shard at `place`."""
+    starts = [max(a.start, b.start) for a, b in zip(where, place, strict=True)]
+    stops = [max(start, min(a.stop, b.stop)) for start, a, b in zip(starts, where, place, strict=True)]
+
+    def inside(outer: Place) -> Place:
+        return tuple(slice(a - o.start, b - o.start) for a, b, o in zip(starts, stops, outer, strict=True))
+
+    shard[inside(place)] = part[inside(where)]
+
+
+def _with_ends(place: Place, shape: tuple[int, ...]) -> Place:
+    return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(place, shape, strict=True))
+
+
+def _sizes(place: Place) -> list[int]:
+    return [axis.stop - axis.start for axis in place]
 
 
 def _check_names(path: Path, wanted: set[str], stored: set[str]) -> None:
@@ -106,13 +133,3 @@ def _check_names(path: Path, wanted: set[str], stored: set[str]) -> None:
         raise ValueError(
             f"{path}: the decoder has no place for {some(left_over)}; without them its numbers would be wrong"
         )
-
-
-def _stack(block: Callable[[int], dict], num_layers: int) -> dict:
-    """All layers as one tree with a leading layer axis, filled in layer by layer."""
-    first = block(0)
-    stacked = jax.tree.map(lambda x: np.empty((num_layers, *x.shape), x.dtype), first)
-    for i in range(num_layers):
-        for whole, part in zip(jax.tree.leaves(stacked), jax.tree.leaves(block(i) if i else first), strict=True):
-            whole[i] = part
-    return stacked

@@ -1,69 +1,25 @@
 """GGUF files, written here as llama.cpp's converter writes them: the same numbers as from the Hugging Face folder."""
 
+import json
+
 import gguf
 import jax
 import numpy as np
 import pytest
 
+from pjpo.models import gguf as gguf_reader
 from pjpo.models import load
-from tests.models import tiny_llama
+from tests.models import tiny_gguf, tiny_llama
+from tests.models.test_families import DATA, TOKENS
 
 CONFIG = tiny_llama.CONFIG | {"vocab_size": len(tiny_llama.vocabulary())}
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers": "blk",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
-def permute(weight, num_heads):
-    """What llama.cpp's converter does to q and k."""
-    split = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-    return split.swapaxes(1, 2).reshape(weight.shape)
-
-
-def write(path, *, architecture="llama", change=(), settings=()):
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(32)
-    writer.add_embedding_length(12)
-    writer.add_feed_forward_length(20)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(6)
-    writer.add_rope_freq_base(5000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tiny_llama.vocabulary())
-    writer.add_token_types([3, 3] + [1] * 257)
-    writer.add_token_merges(["h e"])
-    writer.add_eos_token_id(1)
-    for name, value in settings:
-        writer.add_key_value(name, *value)
-    weights = tiny_llama.tensors(CONFIG) | dict(change)
-    for name, value in weights.items():
-        if "q_proj" in name or "k_proj" in name:
-            value = permute(value, 4 if "q_proj" in name else 2)
-        for hf, ours in NAMES.items():
-            name = name.replace(hf, ours)
-        if value.size:
-            writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(folder, **options):
+    """The tiny Llama, in both forms."""
+    if not (folder / "config.json").exists():
+        tiny_llama.write_folder(folder, CONFIG)
+    return tiny_gguf.write(folder / "tiny.gguf", folder, tiny_llama.vocabulary(), ["h e"], **options)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -73,50 +29,91 @@ def test_equals_the_hugging_face_folder(tmp_path, tied):
         del weights["lm_head.weight"]
     folder = tiny_llama.write_folder(tmp_path, CONFIG | {"tie_word_embeddings": tied}, weights)
     policy, params, tokenizer = load(folder)
-    absent = {"lm_head.weight": np.zeros(0, np.float32)} if tied else {}
-    from_gguf, same_params, same_tokenizer = load(write(tmp_path / "tiny.gguf", change=absent.items()))
+    from_gguf, same_params, same_tokenizer = load(write(tmp_path))
     assert from_gguf == policy
     jax.tree.map(np.testing.assert_array_equal, same_params, params)
     assert (same_tokenizer.eos_id, same_tokenizer.stop_ids) == (tokenizer.eos_id, tokenizer.stop_ids) == (1, (0, 1))
     assert same_tokenizer.encode("hehe ½") == tokenizer.encode("hehe ½")
 
 
+# What the folder says for this test, as the file has no place for it, and what no file keeps of it.
+FAMILIES = {
+    "llama2": ({}, {}),
+    "llama3": ({"rope_theta": 5e5, "original_max_position_embeddings": 8192}, {}),
+    "mistral": ({}, {"sliding_window": None}),
+    "qwen2": ({}, {"sliding_window": None, "global_layers": ()}),
+    "qwen3": ({}, {}),
+    "gemma2": ({"query_pre_attn_scalar": 8}, {}),
+    "gemma3": ({"query_pre_attn_scalar": 8}, {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_their_folders(family, tmp_path):
+    change, lost = FAMILIES[family]
+    for file in (DATA / family).glob("model*"):
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((DATA / family / "config.json").read_text())
+    for name, value in change.items():
+        (config["rope_parameters"] if name in config["rope_parameters"] else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tiny_llama.write_tokenizer(tmp_path, TOKENS, [("a", "b")])
+    policy, params, _ = load(tmp_path, **lost)
+    from_gguf, same_params, _ = load(tiny_gguf.write(tmp_path / "tiny.gguf", tmp_path, TOKENS, ["a b"]))
+    assert from_gguf == policy
+    # Gemma's norms are stored plus 1, which costs the last bits of a float32.
+    atol = 1.2e-7 if family.startswith("gemma") else 0
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), same_params, params)
+
+
+def test_the_largest_gemmas_divide_scores_by_another_root(tmp_path):
+    tiny_llama.write_folder(tmp_path, CONFIG)
+    settings = {"gemma2": {"block_count": 46}, "gemma3": {"block_count": 62}}
+    fields = {"head_count": 4, "layer_norm_rms_epsilon": 1e-6}
+    fields = {f"attention.{name}": value for name, value in fields.items()} | {"attention.key_length": 128}
+    fields |= {"embedding_length": 4608, "feed_forward_length": 8, "context_length": 8192, "vocab_size": 9}
+    for architecture, change in settings.items():
+        named = {f"{architecture}.{name}": value for name, value in (fields | change).items()}
+        config = gguf_reader._config(tmp_path, architecture, named, True, None)
+        assert config["query_scale"] == (4608 / 4) ** -0.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported, only 'llama'"),
         (
-            {"settings": [("llama.rope.scaling.type", ("linear", gguf.GGUFValueType.STRING))]},
-            "llama.rope.scaling.type = 'linear' is not supported by this decoder, only 'none'",
+            {"architecture": "phi3"},
+            "architecture 'phi3' is not supported, allowed: llama, qwen2, qwen3, gemma2, gemma3",
+        ),
+        (
+            {"settings": [("llama.rope.scaling.type", ("yarn", gguf.GGUFValueType.STRING))]},
+            "llama.rope.scaling.type = 'yarn' is not supported by this decoder, only 'none' or 'linear'",
         ),
         (
             {"settings": [("llama.expert_count", (8, gguf.GGUFValueType.UINT32))]},
             "llama.expert_count = 8 is not supported",
         ),
-        ({"change": [("rope_freqs.weight", np.ones(3, np.float32))]}, r"no place for 'rope_freqs\.weight'"),
+        ({"divisors": np.array([1, 2, 3], np.float32)}, r"rope_freqs\.weight holds another scaling than Llama 3's"),
+        ({"divisors": np.ones(4, np.float32)}, r"rope_freqs\.weight holds another scaling than Llama 3's"),
         (
             {"change": [("model.layers.1.mlp.down_proj.weight", np.ones((12, 24), np.float32))]},
             r"'blk\.1\.ffn_down\.weight' has shape \(12, 24\), the model's config asks for \(12, 20\)",
         ),
-        ({"change": [("model.norm.weight", np.zeros(0, np.float32))]}, r"missing 'output_norm\.weight'"),
+        ({"change": [("model.norm.weight", None)]}, r"missing 'output_norm\.weight'"),
     ],
 )
 def test_files_that_the_decoder_does_not_fit(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        load(write(tmp_path / "tiny.gguf", **options))
+        load(write(tmp_path, **options))
 
 
 def test_other_vocabularies_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"'deepseek-llm' is not supported in a GGUF file, only 'gpt2' with one of sm"):
-        load(
-            write(
-                tmp_path / "tiny.gguf", settings=[("tokenizer.ggml.pre", ("deepseek-llm", gguf.GGUFValueType.STRING))]
-            )
-        )
+        load(write(tmp_path, settings=[("tokenizer.ggml.pre", ("deepseek-llm", gguf.GGUFValueType.STRING))]))
 
 
 def test_cut_short_anywhere(tmp_path):
-    path = write(tmp_path / "tiny.gguf")
+    path = write(tmp_path)
     whole = path.read_bytes()
     for size in [0, 3, 20, *range(100, len(whole), 1999), len(whole) - 100]:
         path.write_bytes(whole[:size])

@@ -63,20 +63,28 @@ def test_plain_rope_in_either_spelling(tmp_path, rope):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, r"config\.json: model_type 'qwen2' is not supported, only 'llama'"),
+        ({"model_type": "phi3"}, r"config\.json: model_type 'phi3' is not supported, allowed: llama, mistral, qwen2, "),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported by this decoder, only 'silu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"sliding_window": 16}, "sliding_window = 16"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r'RoPE with .*"llama3".* is not supported'),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r'RoPE with .*"linear"'),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0}}, r'RoPE with .*"yarn"'),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "RoPE scaling of type 'llama3' needs 'low_freq_factor', which the file does not say",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0}},
+            "RoPE scaling of type 'yarn' is not supported, allowed: default, linear, llama3",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "RoPE with beta_fast = 32 is not supp"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object or null, got 'linear'"),
+        ({"num_attention_heads": "4"}, "num_attention_heads must be a number, got '4'"),
         ({"hidden_size": None}, r"config\.json: the file does not say 'hidden_size'"),
         # Weights that do not match: which tensor, both shapes, as they lie in the file.
         (
             {"intermediate_size": 24},
-            r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(20, 12\), the model's config asks for \(24, 12\)",
+            r"'model\.layers\.0\.mlp\.down_proj\.weight' has shape \(12, 20\), the model's config asks for \(12, 24\)",
         ),
         ({"num_hidden_layers": 3}, r"missing 'model\.layers\.2\..* and 6 more, which the model's config asks for"),
         ({"num_hidden_layers": 1}, r"the decoder has no place for 'model\.layers\.1\..* and 6 more"),

@@ -185,6 +185,6 @@ def test_weight_files_missing_or_cut_short(tmp_path, monkeypatch):
 
 
 def test_settings_that_do_not_match_the_weights():
-    message = r"'blocks\.0\.ffn\.W1' has shape \(128, 341\), the model's config asks for \(128, 340\)"
+    message = r"'blocks\.0\.ffn\.W2' has shape \(341, 128\), the model's config asks for \(340, 128\)"
     with pytest.raises(ValueError, match=message):
         load("glassllm-en", mlp_dim=340)

@@ -84,10 +84,14 @@ def write_folder(folder, config=CONFIG, weights=None):
     """The model as `transformers` would save it."""
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors(config) if weights is None else weights, folder / "model.safetensors")
-    vocab = {token: i for i, token in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e")]))
+    write_tokenizer(folder, vocabulary(), [("h", "e")], num_special=2)
+    return folder
+
+
+def write_tokenizer(folder, tokens, merges, num_special=0):
+    """A byte-level tokenizer.json; the first tokens are special ones."""
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in vocabulary()[:2]])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens[:num_special]])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
