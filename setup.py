@@ -17,7 +17,7 @@ CORE = [
     "huggingface_hub<1",  # used by tokenizers alone; from 1.0 on it brings a second HTTP stack of six packages
     "safetensors>=0.8",  # weights in Hugging Face folders
     "gguf>=0.19",  # weights in GGUF files, dequantised
-    "jinja2>=3.1",  # chat templates
+    "jinja2>=3.1.6",  # chat templates; its sandbox had escapes before
     "tyro>=1.0",  # typed command line from dataclasses
     "jaxtyping>=0.3.9",  # shapes in annotations
     "tqdm>=4.67",  # progress bars

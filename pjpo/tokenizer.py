@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, SupportsInt
+from typing import Any, SupportsInt
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-# Special tokens by which models say that they are done. A file often names only one of those its model may emit.
-END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
+from pjpo import chat, spm
 
-# GGUF files name their pre-tokenizer; these are the ones met in the Llama family with byte-level BPE.
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# Special tokens by which models say that they are done. A file often names only one of those its model may emit.
+END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>", "<end_of_turn>")
+
+# GGUF files name their pre-tokenizer; these are the ones met with byte-level BPE in the families that load.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def _split_words(digits: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
+    words = pre_tokenizers.Split(Regex(_WORDS.replace("DIGITS", digits)), "isolated")
+    return words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
 _GGUF_PRE_TOKENIZERS = {
     "smollm": (pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False),),
-    "llama-bpe": (
-        pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ),
+    "llama-bpe": _split_words("{1,3}"),
+    "qwen2": _split_words(""),
 }
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 class Tokenizer:
@@ -89,24 +91,63 @@ class Tokenizer:
         """The text of a list or array of ids; special tokens are left out unless `skip_special` is off."""
         return self._special.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
         """The messages as one text, to be encoded with `special=True`; what `transformers` would give.
+
+        Args:
+            messages: dicts of `role`, `content` and whatever else the template reads.
+            add_generation_prompt: end with the opening of the assistant's next turn.
+            variables: what else the template reads: `tools`, `documents`, `enable_thinking`, ...
 
         Raises:
             ValueError: no chat template, or one that refuses these messages.
         """
+        variables = {**self.special_tokens, "add_generation_prompt": add_generation_prompt, **variables}
+        return chat.render(self._template(), messages, **variables)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole chat, and which of them the assistant wrote, as the template's blocks say.
+
+        A token counts if any of its characters does. (`transformers` drops all but the first token of a block's last
+        character, where that character has several.)
+
+        Raises:
+            ValueError: no chat template, one that refuses these messages, or one without `{% generation %}` blocks.
+        """
+        text, spans = chat.render_with_spans(self._template(), messages, **{**self.special_tokens, **variables})
+        encoding = self._special.encode(text, add_special_tokens=False)
+        mask = np.zeros(len(encoding.ids), bool)
+        starts, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
+        for start, end in spans:
+            inside = np.flatnonzero((starts < end) & (ends > start))
+            if inside.size:
+                mask[inside[0] : inside[-1] + 1] = True
+        return encoding.ids, mask.tolist()
+
+    def _template(self) -> str:
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; give prompts as text, or set `chat_template`")
-        try:
-            return _compile(self.chat_template).render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses {messages!r}: {error}") from error
+        return self.chat_template
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by the name that templates know, such as `bos_token`; None if there is none."""
+        return self._special.token_to_id(self.special_tokens.get(name, ""))
+
+    def save(self, folder: Path, *, max_tokens: int) -> None:
+        """Files from which `from_folder` and `transformers` make the same tokenizer; the model takes `max_tokens`."""
+        self._special.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_tokens,
+            "clean_up_tokenization_spaces": False,  # decoding gives what was encoded
+            **self.special_tokens,
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -116,27 +157,17 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """From a Hugging Face folder: tokenizer.json, and what is there of the files that go with it.
+        """From a Hugging Face folder: tokenizer.json or tokenizer.model, and what is there of the files beside it.
 
         Raises:
-            FileNotFoundError: no tokenizer.json.
+            FileNotFoundError: neither of the two.
             ValueError: a file that cannot be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; a folder that has only tokenizer.model is brought up to date by "
-                "`transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises nothing narrower
-            raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
         config = read_json(folder / "tokenizer_config.json", default={})
-        special_tokens = read_json(folder / "special_tokens_map.json", default={}) | config
-        special_tokens = {
+        backend, special_tokens = _folder_backend(folder, config)
+        special_tokens |= {
             name: token["content"] if isinstance(token, dict) else token
-            for name, token in special_tokens.items()
+            for name, token in (read_json(folder / "special_tokens_map.json", default={}) | config).items()
             if name.endswith("_token") and isinstance(token, dict | str)
         }
         generation = read_json(folder / "config.json", default={})
@@ -153,33 +184,45 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any]) -> Tokenizer:
-        """From the metadata of a GGUF file that holds byte-level BPE (`fields` by name, as plain Python values).
+    def from_sentencepiece(cls, path: Path) -> Tokenizer:
+        """From a .model file.
 
         Raises:
-            ValueError: another kind of vocabulary or pre-tokenizer, by name.
+            ValueError: a file that cannot be read.
         """
-        model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-        if model != "gpt2" or pre not in _GGUF_PRE_TOKENIZERS:
-            raise ValueError(
-                f"tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported in a GGUF file, only "
-                f"'gpt2' with one of {', '.join(_GGUF_PRE_TOKENIZERS)}; load the model's Hugging Face folder instead"
-            )
+        vocabulary, special_tokens = spm.read(path)
+        backend = vocabulary.backend()
+        eos_id = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
+        return cls(backend, eos_id=eos_id, stop_ids=_end_ids(backend), special_tokens=special_tokens)
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any]) -> Tokenizer:
+        """From the metadata of a GGUF file (`fields` by name, as plain Python values).
+
+        Raises:
+            ValueError: a vocabulary that is neither SentencePiece's BPE nor byte-level BPE with a known pre-tokenizer.
+        """
         tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-        backend.pre_tokenizer = pre_tokenizers.Sequence(list(_GGUF_PRE_TOKENIZERS[pre]))
-        backend.decoder = decoders.ByteLevel()
-        backend.add_tokens(
-            [
-                AddedToken(token, special=kind == _CONTROL, normalized=False)
-                for token, kind in zip(tokens, kinds, strict=True)
-                if kind in (_CONTROL, _USER_DEFINED)
-            ]
-        )
+        model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
         named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in named.items()}
+        if model == "llama":
+            backend = spm.Vocabulary(
+                model="bpe",
+                pieces=tokens,
+                scores=fields["tokenizer.ggml.scores"],
+                kinds=kinds,
+                unk_id=kinds.index(spm.UNKNOWN) if ids["unk_token"] is None else ids["unk_token"],
+                space_prefix=fields.get("tokenizer.ggml.add_space_prefix", True),
+            ).backend()
+        elif model == "gpt2" and pre in _GGUF_PRE_TOKENIZERS:
+            backend = _byte_level(tokens, kinds, fields["tokenizer.ggml.merges"], pre)
+        else:
+            raise ValueError(
+                f"tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported in a GGUF file, only "
+                f"'llama', and 'gpt2' with one of {', '.join(_GGUF_PRE_TOKENIZERS)}; load the model's Hugging Face "
+                "folder instead"
+            )
         return cls(
             backend,
             eos_id=ids["eos_token"],
@@ -222,6 +265,55 @@ def read_json(path: Path, *, default: Any = None) -> Any:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from error
 
 
+def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> tokenizers.Tokenizer:
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        ignore_merges=pre == "llama-bpe",
+    )
+    backend = tokenizers.Tokenizer(model)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(_GGUF_PRE_TOKENIZERS[pre]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == spm.CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (spm.CONTROL, spm.USER_DEFINED)
+        ]
+    )
+    return backend
+
+
+def _folder_backend(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The tokenizer of a folder, and the special tokens that its own file names."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path)), {}
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder / 'tokenizer.json'} is missing, and so is tokenizer.model; one of them is read"
+        )
+    vocabulary, special_tokens = spm.read(path)
+    backend = vocabulary.backend()
+    added = {int(i): AddedToken(**token) for i, token in config.get("added_tokens_decoder", {}).items()}
+    more = read_json(folder / "added_tokens.json", default={})
+    added |= {i: AddedToken(token, normalized=False) for token, i in more.items() if i not in added}
+    backend.add_tokens([added[i] for i in sorted(added)])
+    for i, token in added.items():
+        if backend.token_to_id(token.content) != i:
+            found = backend.token_to_id(token.content)
+            raise ValueError(
+                f"{folder}: added token {token.content!r} has id {i}, but {path.name} leaves {found} for it"
+            )
+    return backend, special_tokens
+
+
 def _end_ids(backend: tokenizers.Tokenizer) -> list[int]:
     specials = {added.content: i for i, added in backend.get_added_tokens_decoder().items() if added.special}
     return [specials[token] for token in END_TOKENS if token in specials]
@@ -232,31 +324,9 @@ def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template") or read_json(folder / "chat_template.json", default={}).get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {named["name"]: named["template"] for named in template}.get("default")
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            names = ", ".join(map(repr, named))
+            raise ValueError(f"{folder}: none of the chat templates {names} is called 'default'; rename the one to use")
+        template = named["default"]
     return template
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant wrote; for rendering it is transparent."""
-
-    tags: ClassVar[set[str]] = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-@functools.cache
-def _compile(template: str) -> jinja2.Template:
-    """Templates come with models, so they run sandboxed; filters and functions are those of `transformers`."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
-    return environment.from_string(template)

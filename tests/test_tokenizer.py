@@ -55,6 +55,9 @@ def test_digits_are_split_where_the_file_says_so(tokenizer):
     assert tokenizer.encode("11") == [one, one]
     assert Tokenizer.from_gguf(FIELDS | {"tokenizer.ggml.pre": "gpt-2"}).encode("11") == [TOKENS.index("11")]
     assert Tokenizer.from_gguf(FIELDS | {"tokenizer.ggml.pre": "llama-bpe"}).encode("11") == [TOKENS.index("11")]
+    qwen = Tokenizer.from_gguf(FIELDS | {"tokenizer.ggml.pre": "qwen2"})
+    assert qwen.encode("11") == [one, one]
+    assert qwen.decode(qwen.encode("e\u0301")) == "é"  # composed, as its normaliser does
 
 
 def test_special_tokens_in_text_are_text_unless_asked_for(tokenizer):
@@ -109,7 +112,7 @@ def test_a_copy_in_another_process_is_the_same(tokenizer):
     assert copied.encode("he<|im_end|>") == tokenizer.encode("he<|im_end|>")
 
 
-@pytest.mark.parametrize("change", [{"tokenizer.ggml.model": "llama"}, {"tokenizer.ggml.pre": "qwen2"}])
+@pytest.mark.parametrize("change", [{"tokenizer.ggml.model": "t5"}, {"tokenizer.ggml.pre": "tekken"}])
 def test_other_gguf_vocabularies_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change.values()))):
         Tokenizer.from_gguf(FIELDS | change)
@@ -140,6 +143,8 @@ def test_folder_templates(tmp_path, tokenizer):
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     loaded = write_folder(tmp_path, tokenizer, tokenizer_config={"chat_template": templates})
     assert loaded.chat_template == "named"
+    with pytest.raises(ValueError, match="none of the chat templates 'tool_use' is called 'default'"):
+        write_folder(tmp_path, tokenizer, tokenizer_config={"chat_template": templates[:1]})
     (tmp_path / "chat_template.jinja").write_text("its own file")
     assert Tokenizer.from_folder(tmp_path).chat_template == "its own file"
 
@@ -164,18 +169,3 @@ def test_folder_without_a_tokenizer(tmp_path):
 def test_templates_render_as_in_transformers(template, text):
     rendered = with_template(template, bos_token="<s>").render_chat(USER, add_generation_prompt=True)
     assert rendered == text
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "refuses .*hé.*: roles must alternate"),
-        ("{% if %}", "the chat template refuses"),
-        ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
-        (None, "no chat template"),
-    ],
-)
-def test_templates_that_refuse_or_misbehave(template, message):
-    with pytest.raises(ValueError, match=message):
-        with_template(template).render_chat(USER, add_generation_prompt=False)
