@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow interop lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.dpo_sentiment $(ARGS)
@@ -13,6 +13,10 @@ test: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Saved folders in transformers and PEFT: make interop TORCH=<python with torch, transformers and peft>
+interop: $(VENV)/.test
+	folder=$$(mktemp -d) && $(BIN)/python -m tests.interop.ours $$folder && $(TORCH) tests/interop/theirs.py $$folder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

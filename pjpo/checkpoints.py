@@ -149,13 +149,14 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def restore(self, like: Any, step: int | None = None) -> Restored | None:
+    def restore(self, like: Any, step: int | None = None, *, inside: str = "") -> Restored | None:
         """The newest good checkpoint, or that of `step`; None where no checkpoint was ever finished.
 
         Args:
             like: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`s. The restored arrays lie where
                 these lie: their shardings are taken, whatever mesh the checkpoint was saved on.
             step: of one certain checkpoint, such as `best()`.
+            inside: `like` is only this part of the state, such as "params"; nothing else is read.
 
         Raises:
             ValueError: every checkpoint is damaged (or the one asked for), or a good one does not fit `like`.
@@ -170,7 +171,7 @@ class Checkpoints:
             if problem is None:
                 if problems:
                     self.say(f"the checkpoint of step {found} is used instead")
-                return self._read(found, like)
+                return self._read(found, like, inside)
             problems[found] = problem
             self._damaged.add(found)
             self.say(f"{self.folder / str(found)}: a damaged checkpoint, ignored: {problem}")
@@ -180,17 +181,19 @@ class Checkpoints:
             raise ValueError(f"no good checkpoint in {self.folder}: {listed}. {known}Remove that folder to start anew")
         return None
 
-    def _read(self, step: int, like: Any) -> Restored:
+    def _read(self, step: int, like: Any, inside: str) -> Restored:
         """A checkpoint whose files are in order."""
         import orbax.checkpoint as ocp
 
         path = self.folder / str(step)
         about = json.loads((path / "about" / "metadata").read_text())
-        leaves = _by_name(like)
+        prefix = f"{inside}." if inside else ""
+        leaves = {f"{prefix}{name}": leaf for name, leaf in _by_name(like).items()}
+        there = {name: spec for name, spec in about["leaves"].items() if name.startswith(prefix)}
         differences = [
-            f"{name} is {about['leaves'].get(name, 'missing')} there and {wanted} here"
-            for name in sorted(about["leaves"].keys() | leaves.keys())
-            if (wanted := _spec(leaves[name]) if name in leaves else "missing") != about["leaves"].get(name, "missing")
+            f"{name} is {there.get(name, 'missing')} there and {wanted} here"
+            for name in sorted(there.keys() | leaves.keys())
+            if (wanted := _spec(leaves[name]) if name in leaves else "missing") != there.get(name, "missing")
         ]
         if differences:
             more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
@@ -200,10 +203,15 @@ class Checkpoints:
             )
         abstract = {name: _abstract(leaf) for name, leaf in leaves.items()}
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            arrays = checkpointer.restore(path, args=items).state
+            if inside:
+                how = ocp.checkpoint_utils.construct_restore_args(abstract)
+                state = ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+            else:
+                state = ocp.args.StandardRestore(abstract)
+            arrays = checkpointer.restore(path, args=ocp.args.Composite(state=state)).state
         for name, impl in about["keys"].items():
-            arrays[name] = jax.random.wrap_key_data(arrays[name], impl=impl)
+            if name in leaves:
+                arrays[name] = jax.random.wrap_key_data(arrays[name], impl=impl)
         state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in leaves])
         return Restored(step, state, about["extra"])
 

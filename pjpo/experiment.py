@@ -38,6 +38,10 @@ class Model:
     remat: bool = False  # recompute layers in the backward pass, to save memory
     lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
 
+    def made(self, root: Path, say: Callable[[str], None]) -> Model:
+        """The model as something that can be loaded; one that has to be made first, below `root`, overrides this."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -87,6 +91,7 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     """
     mesh = sharding.make_mesh(experiment.mesh)
     _check(experiment, mesh)
+    experiment = dataclasses.replace(experiment, model=experiment.model.made(Path(root), say))
     config = describe(experiment)
     folder = runs.open(resume, name, config, may_change=MAY_CHANGE) if resume else None
     parts = _build(experiment, mesh, folder.path if folder else None, Path(root), say)

@@ -1,6 +1,7 @@
-"""Policies as pure functions of their parameters, and the ways in."""
+"""Policies as pure functions of their parameters, and the ways in and out."""
 
 from pjpo.models.load import load
 from pjpo.models.policy import Policy
+from pjpo.models.save import save
 
-__all__ = ["Policy", "load"]
+__all__ = ["Policy", "load", "save"]

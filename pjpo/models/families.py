@@ -37,7 +37,7 @@ _ONLY = {
     "quantization_config": None,
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours: theirs
-_SCALINGS = {  # of RoPE, by type: config.json's names of what it needs -> ours
+SCALINGS = {  # of RoPE, by type: config.json's names of what it needs -> ours
     "default": {},
     "linear": {"factor": "factor"},
     "llama3": {
@@ -141,9 +141,9 @@ def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _scaling(rope: dict[str, Any], config: dict[str, Any], path: Path) -> Scaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _SCALINGS:
-        raise ValueError(f"{path}: RoPE scaling of type {kind!r} is not supported, allowed: {', '.join(_SCALINGS)}")
-    names = _SCALINGS[kind]
+    if kind not in SCALINGS:
+        raise ValueError(f"{path}: RoPE scaling of type {kind!r} is not supported, allowed: {', '.join(SCALINGS)}")
+    names = SCALINGS[kind]
     rope = {"original_max_position_embeddings": config.get("max_position_embeddings")} | rope if names else rope
     for name in names:
         if rope.get(name) is None:

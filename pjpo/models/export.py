@@ -1,0 +1,70 @@
+"""A run's model as a folder that `transformers` opens: python -m pjpo.models.export RUN DIR"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from pjpo import checkpoints, experiment, models, runs
+from pjpo.models.save import check_free
+
+
+def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: int | None = None, say=print) -> Path:
+    """The weights of a run's checkpoint, in `folder`; see `pjpo.models.save`.
+
+    Args:
+        run: the run's folder.
+        folder: empty or not there.
+        adapter: PEFT's folder with the adapters alone, instead of all weights with the adapters folded in.
+        step: of which checkpoint; the best, where the run kept one, or else the last.
+        say: where messages about ignored checkpoints go.
+
+    Raises:
+        FileNotFoundError: there is no run, or it has no checkpoint.
+        FileExistsError: `folder` is not empty.
+        ValueError: adapters alone of a run without them, a step that was not kept, a damaged checkpoint.
+    """
+    check_free(Path(folder))
+    found = runs.read(run)
+    settings = experiment.recall(experiment.Model(source=""), found.config["model"])
+    if adapter and not settings.lora.rank:
+        raise ValueError(f"{run} trained all weights (model.lora.rank is 0), so it has no adapters; export without it")
+    saved = checkpoints.Checkpoints(found.path / "checkpoints", _keep_best_by(found), say=say)
+    known = saved.steps()
+    if not known:
+        raise FileNotFoundError(f"{saved.folder} holds no checkpoint: the run was stopped before its first one")
+    if step is None:
+        step = saved.best() if found.config.get("keep_best_by") else None
+    elif step not in known:
+        raise ValueError(f"{saved.folder} has no checkpoint of step {step}, only of {', '.join(map(str, known))}")
+    loaded = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    policy, params, tokenizer = models.load(**loaded)
+    trained, _ = policy.trainable(params)
+    restored = saved.restore(trained, step, inside="params")
+    assert restored is not None, "there is a checkpoint"
+    say(f"step {restored.step} of {found.path}")
+    how = "alone" if adapter else "merged"
+    return models.save(folder, policy, params | restored.state, tokenizer, adapters=how, base=settings.source)
+
+
+def _keep_best_by(found: runs.Run) -> tuple[str, str] | None:
+    keep = found.config.get("keep_best_by")
+    return tuple(keep) if keep else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    run: tyro.conf.Positional[Path]  # a run's folder, runs/<experiment>/<id>
+    folder: tyro.conf.Positional[Path]  # to write: empty, or not there
+    adapter: bool = False  # PEFT's folder with the adapters alone; without it, they are folded into the weights
+    step: int | None = None  # of which checkpoint; the best, where the run kept one, or else the last
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, prog="python -m pjpo.models.export", description=__doc__)
+    try:
+        print(export(options.run, options.folder, adapter=options.adapter, step=options.step))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
