@@ -36,6 +36,7 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute layers in the backward pass, to save memory
+    attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU
     lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
 
     def made(self, root: Path, say: Callable[[str], None]) -> Model:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pjpo import layout
+from pjpo.layout import ROWS, TABLE
 from pjpo.products import contract_rows, dot
 
 
@@ -42,51 +44,65 @@ def token_logps(
     """log softmax(hidden @ table.T)[targets], nats, float32.
 
     Works through blocks of positions and recomputes each block's logits in the backward pass, so neither pass holds
-    more than `block_numbers` logits (4 bytes each), whatever C is. A block takes one position of every group at least,
-    G x V logits, as a mesh may cut the groups.
+    more than `block_numbers` logits (4 bytes each) on a device, whatever C is. A block takes one position of every
+    group at least, G x V logits. On a mesh each device has its own groups and its own part of the vocabulary; the table
+    is gathered once, and its gradient summed once.
 
     Args:
         hidden: final hidden states in the compute dtype; the product is in that dtype, the softmax in float32.
         table: the output head, a row per token; any float dtype.
         targets: the token that each state predicts.
-        block_numbers: how many logits may exist at once, over all devices.
+        block_numbers: how many logits may exist at once on a device.
         softcap: of the logits, see `soft_cap`.
     """
     return _forward(hidden, table, targets, block_numbers, softcap)[0]
 
 
 def _forward(hidden, table, targets, block_numbers, softcap):
-    head = table.astype(hidden.dtype)
+    @layout.on_devices(ins=(ROWS, TABLE, ROWS), outs=(ROWS, ROWS), num_rows=len(hidden))
+    def each(hidden, table, targets):
+        head = layout.gather(table.astype(hidden.dtype), axis=1)
+        first = layout.offset(len(head))
 
-    def block(states, targets):
-        logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - total, total
+        def block(states, targets):
+            logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
+            total = layout.join_logsumexp(jax.nn.logsumexp(logits, axis=-1))
+            row = targets - first
+            logit = jnp.take_along_axis(logits, row.clip(0, len(head) - 1)[..., None], axis=-1)[..., 0]
+            logit = layout.sum_model(jnp.where((row >= 0) & (row < len(head)), logit, 0))
+            return logit - total, total
 
-    logps, totals = _map_blocks(block, (hidden, targets), _num_blocks(hidden, table, block_numbers))
+        return _map_blocks(block, (hidden, targets), _num_blocks(hidden, table, block_numbers))
+
+    logps, totals = each(hidden, table, targets)
     return logps, (hidden, table, targets, totals)
 
 
 def _backward(block_numbers, softcap, residuals, cotangents):
-    hidden, table, targets, totals = residuals
-    head = table.astype(hidden.dtype)
+    @layout.on_devices(ins=(ROWS, TABLE, ROWS, ROWS, ROWS), outs=(ROWS, TABLE), num_rows=len(cotangents))
+    def each(hidden, table, targets, totals, cotangents):
+        head = layout.gather(table.astype(hidden.dtype), axis=1)
+        first = layout.offset(len(head))
 
-    def block(dtable, xs):
-        states, targets, totals, cotangents = xs
-        logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
-        probabilities = jnp.exp(logits - totals[..., None])
-        is_target = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-        dlogits = cotangents[..., None] * (is_target - probabilities)
-        if softcap is not None:
-            dlogits *= 1 - jnp.square(logits / softcap)  # the derivative of tanh
-        dlogits = dlogits.astype(hidden.dtype)
-        dstates = dot(dlogits, head, (2,), (0,)).astype(hidden.dtype)
-        return dtable + contract_rows(dlogits, states), dstates
+        def block(dtable, xs):
+            states, targets, totals, cotangents = xs
+            logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
+            probabilities = jnp.exp(logits - totals[..., None])
+            is_target = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == (targets - first)[..., None]
+            dlogits = cotangents[..., None] * (is_target - probabilities)
+            if softcap is not None:
+                dlogits *= 1 - jnp.square(logits / softcap)  # the derivative of tanh
+            dlogits = dlogits.astype(hidden.dtype)
+            dstates = layout.sum_model(dot(dlogits, head, (2,), (0,))).astype(hidden.dtype)
+            return dtable + contract_rows(dlogits, states), dstates
 
-    num_blocks = _num_blocks(hidden, table, block_numbers)
-    dtable = jnp.zeros(table.shape, jnp.promote_types(hidden.dtype, jnp.float32))
-    dtable, dhidden = _scan_blocks(block, dtable, (hidden, targets, totals, cotangents), num_blocks)
-    return dhidden, dtable.astype(table.dtype), None
+        num_blocks = _num_blocks(hidden, table, block_numbers)
+        dtable = jnp.zeros(head.shape, jnp.promote_types(hidden.dtype, jnp.float32))
+        dtable, dhidden = _scan_blocks(block, dtable, (hidden, targets, totals, cotangents), num_blocks)
+        return dhidden, layout.sum_rows(dtable, axis=1).astype(table.dtype)
+
+    dhidden, dtable = each(*residuals, cotangents)
+    return dhidden, dtable, None
 
 
 token_logps.defvjp(_forward, _backward)

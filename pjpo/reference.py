@@ -27,7 +27,8 @@ import numpy as np
 from pjpo.types import Batch
 
 PACKAGE = Path(__file__).parent
-FORWARD = ("types.py", "packing.py", "products.py", "logps.py", "models/*.py")  # the code that log-probs come from
+# The code that log-probs come from.
+FORWARD = ("types.py", "packing.py", "layout.py", "products.py", "logps.py", "models/*.py")
 NO_NUMBERS = ("max_positions", "remat", "head_block_numbers")  # config fields that a forward pass's values ignore
 
 

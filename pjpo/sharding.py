@@ -1,4 +1,4 @@
-"""The mesh, and one table of rules from a parameter's logical axes to axes of the mesh, which are spelled only here."""
+"""The mesh, and where parameters, training state and batches lie on it, by the rules of `pjpo.layout`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pjpo.layout import BATCH_AXES, MESH_AXES, RULES
 from pjpo.models.decoder import AXES
-
-MESH_AXES = ("data", "fsdp", "model")
-BATCH_AXES = ("data", "fsdp")  # a batch is cut over both: fsdp differs in that it cuts the weights too
-RULES = {"vocab": "model", "kv_heads": "model", "mlp": "model", "embed": "fsdp"}  # every other axis is whole everywhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,7 @@ class Config:
 
 
 def make_mesh(config: Config = Config(), devices: list | None = None) -> Mesh:
-    """A mesh over all devices, or those given, in their order.
+    """A mesh over all devices, or those given: in their order; TPUs so that neighbours are wired together.
 
     Raises:
         ValueError: sizes that do not multiply to the number of devices.
@@ -41,6 +39,8 @@ def make_mesh(config: Config = Config(), devices: list | None = None) -> Mesh:
             f"mesh {_named(sizes)} does not fill the {len(devices)} devices; "
             f"choose sizes whose product is {len(devices)}, or leave one at -1"
         )
+    if devices[0].platform == "tpu":
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), MESH_AXES)
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 

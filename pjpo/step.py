@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from pjpo import sharding
+from pjpo import layout, sharding
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -108,7 +108,9 @@ def make_update(
         trainable, frozen = policy.trainable(state.params)
 
         def gradient(microbatch):  # of a sum, with what to divide by
-            return jax.grad(objective, has_aux=True)(trainable, frozen, ref_params, microbatch)
+            with layout.on(mesh):
+                grads, aux = jax.grad(objective, has_aux=True)(trainable, frozen, ref_params, microbatch)
+            return sharding.constrain(grads, mesh), aux
 
         if num_microbatches == 1:
             grads, (mean, metrics) = gradient(batch)

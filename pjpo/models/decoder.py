@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pjpo import layout
 from pjpo.models import lora
 from pjpo.models.attention import Scoring
+from pjpo.models.embedding import lookup
 from pjpo.models.rope import Scaling, rotary, rotate
 from pjpo.products import few_rows, product
 
@@ -56,6 +58,7 @@ AXES = {
 }
 
 DTYPES = ("float32", "bfloat16", "float64")
+ATTENTIONS = ("plain", "flash")
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
@@ -89,6 +92,7 @@ class Config:
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the weights at rest
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute each layer in the backward pass
+    attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU, see `pjpo.models.flash`
     head_block_numbers: int = 2**25  # logits that exist at once, see `pjpo.logps.token_logps`
     lora: lora.Config | None = None
 
@@ -100,7 +104,8 @@ class Config:
             raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"model: rotary embedding needs an even head_dim, got {self.head_dim}")
-        for name, allowed in {"dtype": DTYPES, "param_dtype": DTYPES, "activation": ACTIVATIONS}.items():
+        choices = {"dtype": DTYPES, "param_dtype": DTYPES, "activation": ACTIVATIONS, "attention": ATTENTIONS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("rope_theta_local", "query_scale", "attention_softcap", "logit_softcap", "embed_scale"):
@@ -113,6 +118,8 @@ class Config:
             raise ValueError("model: global_layers and rope_theta_local mean something only with a sliding_window")
         if any(not 0 <= layer < self.num_layers for layer in self.global_layers):
             raise ValueError(f"model: global_layers {self.global_layers} are not all among {self.num_layers} layers")
+        if self.attention == "flash" and (self.sliding_window or self.attention_softcap):
+            raise ValueError("model: flash attention knows no sliding_window and no attention_softcap; use plain")
         if self.head_block_numbers < self.vocab_size:
             raise ValueError(
                 f"model: head_block_numbers {self.head_block_numbers} holds no position's {self.vocab_size} logits"
@@ -159,7 +166,7 @@ class Kernel(nn.Module):
     def __call__(self, x: Array) -> Array:
         axes = tuple(range(self.num_in)), tuple(range(self.num_in, len(self.shape)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=axes[0], out_axis=axes[1])
-        kernel = self.param("kernel", init, self.shape, self.param_dtype)
+        kernel = layout.at_rest(self.param("kernel", init, self.shape, self.param_dtype), AXES[self.name, "kernel"])
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
         if self.has_variable("transposed", "kernel"):
@@ -168,6 +175,7 @@ class Kernel(nn.Module):
             out = product(x, kernel)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape[self.num_in :], self.param_dtype)
+            bias = layout.at_rest(bias, AXES[self.name, "bias"])
             out += jnp.expand_dims(bias.astype(out.dtype), range(out.ndim - bias.ndim))
         return out
 
@@ -189,6 +197,7 @@ class Block(nn.Module):
     ):
         """`turns` are those of global and of local layers, or one pair for all."""
         c = self.config
+        many = cache is None  # tokens; one of each sequence, when decoding, may rather move than have the weights moved
         dtype = jnp.dtype(c.param_dtype)
         norm = functools.partial(RMSNorm, c.norm_eps, dtype, c.norm_plus_one)
         k, q, h = c.num_kv_heads, c.heads_of_kv, c.head_dim
@@ -228,7 +237,8 @@ class Block(nn.Module):
         hidden = gated(gate_up, c.activation)
         down = Kernel((c.mlp_dim, c.model_dim), 1, dtype, name="down")(hidden)
         mixed = _add(down, adapter("down", hidden, c.model_dim))
-        return x + (norm(name="mlp_post_norm")(mixed) if c.post_norms else mixed), cache
+        x = x + (norm(name="mlp_post_norm")(mixed) if c.post_norms else mixed)
+        return (layout.pin(x, layout.BATCH, None, None) if many else x), cache
 
 
 def gated(gate_up: Float[Array, "*rows 2 F"], activation: str) -> Float[Array, "*rows F"]:
@@ -261,7 +271,9 @@ class Decoder(nn.Module):
         """Hidden states [G, M, D] and every layer's cache: a tuple, or stacked on axis 0 when layers are scanned."""
         c = self.config
         embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
-        x = embed()[tokens].astype(c.dtype)
+        x = lookup(embed(), tokens).astype(c.dtype)
+        if caches is None:
+            x = layout.pin(x, layout.BATCH, None, None)
         if c.embed_scale != 1:
             x *= c.embed_scale
         turns = (rotary(positions, c.head_dim, c.rope_theta, c.dtype, c.rope_scaling),)
@@ -300,7 +312,8 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
-        return self.param("table", nn.initializers.normal(0.02), self.shape, self.param_dtype)
+        table = self.param("table", nn.initializers.normal(0.02), self.shape, self.param_dtype)
+        return layout.at_rest(table, AXES[self.name, "table"])
 
 
 def head_table(config: Config, params: dict) -> Float[Array, "V D"]:

@@ -70,6 +70,11 @@ def load(
     return policy, params, checkpoint.tokenizer
 
 
+def config(source: str | Path, **settings: Any) -> decoder.Config:
+    """The config of the policy that `load` would make, with the same errors, but without reading a weight."""
+    return _config(_read(source), settings)
+
+
 def _read(source: str | Path) -> weights.Checkpoint:
     path = Path(source).expanduser()
     if source in PACKAGED:

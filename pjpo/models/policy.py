@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from pjpo import layout
 from pjpo import sampling as decoding  # the module, whose names come later: it imports this package
 from pjpo.logps import token_logps
-from pjpo.models import attention
+from pjpo.models import attention, flash
 from pjpo.models.decoder import Config, Decoder, head_table
 from pjpo.models.streams import Streams
 from pjpo.types import Batch
@@ -47,7 +48,8 @@ class Policy:
                 f"prompt width {width} + completion width {length} exceeds the model's {self.config.max_positions} "
                 "positions; shorten one of them"
             )
-        return _logps(self.config, params, batch)
+        with layout.on(layout.of(params)):
+            return _logps(self.config, params, batch)
 
     def generate(
         self, params: dict, prompts: decoding.Prompts | tuple, key: Array, sampling: decoding.Sampling
@@ -63,7 +65,8 @@ class Policy:
         Raises:
             ValueError: an empty prompt, more positions than the model has, a stop token outside the vocabulary.
         """
-        return decoding.generate(self, params, prompts, key, sampling)
+        with layout.on(layout.of(params)):
+            return decoding.generate(self, params, prompts, key, sampling)
 
     def trainable(self, params: dict) -> tuple[dict, dict]:
         """(what the optimizer changes, what stays): the adapters and the rest where there are adapters."""
@@ -79,7 +82,8 @@ class Policy:
 @functools.partial(jax.jit, static_argnums=0)
 def _logps(config: Config, params: dict, batch: Batch) -> Array:
     streams = Streams.of(batch)
-    attend = Partial(attention.shared_prefix, streams)
+    shared_prefix = flash.shared_prefix if config.attention == "flash" else attention.shared_prefix
+    attend = Partial(shared_prefix, streams)
     hidden, _ = Decoder(config).apply(params, streams.tokens, streams.positions, attend, None)
     slots = streams.join(jnp.zeros_like(batch.prompt_tokens), batch.completion_tokens)
     targets = streams.completions_of(streams.to_places(slots))

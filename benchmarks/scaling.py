@@ -1,0 +1,132 @@
+"""The table of docs/scaling.md: DPO and generation of three models on slices of TPUs, compiled for them and not run.
+
+    python -m benchmarks.scaling results.jsonl          compile what is not in the file yet, a line for each program
+    python -m benchmarks.scaling results.jsonl --table  print the file as a table
+
+Each program is compiled in a process of its own, as the compiler keeps memory; a minute or two each on one core. With
+`--effort=-1` it takes a fourth of that: products, collectives and the memory taken stay, but less is fused, so that the
+traffic with the memory is about twice what it could be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import jax
+
+from pjpo import plan, sharding
+from pjpo.models import decoder
+from pjpo.plan import chips, shapes
+
+# Model, slice, mesh (data, fsdp, model), pairs for each device that the batch is cut over.
+ROWS = [
+    ("Llama-3.2-1B", "v5e:2x2", (1, 4, 1), 1),
+    ("Llama-3.2-1B", "v6e:2x2", (1, 4, 1), 4),
+    ("Llama-3.2-1B", "v5p:2x2x1", (1, 4, 1), 8),
+    ("Llama-3.1-8B", "v5e:4x4", (1, 16, 1), 1),
+    ("Llama-3.1-8B", "v6e:4x4", (1, 16, 1), 2),
+    ("Llama-3.1-8B", "v5p:2x2x4", (1, 16, 1), 4),
+    ("Llama-3.1-70B", "v5p:4x4x4", (1, 64, 1), 4),
+    ("Llama-3.1-70B", "v5p:4x4x4", (1, 16, 4), 16),
+    ("Llama-3.1-70B", "v6e:16x16", (1, 256, 1), 2),
+    ("Llama-3.1-70B", "v6e:16x16", (1, 64, 4), 8),
+    ("Llama-3.1-70B", "v5e:16x16", (1, 256, 1), 1),
+    ("Llama-3.1-70B", "v5e:16x16", (1, 64, 4), 4),
+    ("Llama-3.1-70B", "v5p:8x8x8", (1, 512, 1), 2),
+    ("Llama-3.1-70B", "v5p:8x8x8", (8, 64, 1), 2),
+    ("Llama-3.1-70B", "v5p:8x8x8", (1, 128, 4), 8),
+    ("Llama-3.1-8B", "v5p:4x4x4", (1, 64, 1), 4),
+    ("Llama-3.1-8B", "v5p:4x4x4", (4, 16, 1), 4),
+    ("Llama-3.1-8B", "v5p:4x4x4", (1, 16, 4), 16),
+    ("Llama-3.1-8B", "v5e:16x16", (1, 256, 1), 1),
+    ("Llama-3.1-8B", "v5e:16x16", (16, 16, 1), 1),
+    ("Llama-3.1-8B", "v6e:16x16", (16, 16, 1), 2),
+    ("Llama-3.2-1B", "v5e:8x8", (16, 4, 1), 1),
+    ("Llama-3.2-1B", "v6e:8x8", (16, 4, 1), 4),
+]
+PROGRAMS = {"update": plan.of_update, "generation": plan.of_generation}
+SETTINGS = {"dtype": "bfloat16", "param_dtype": "float32", "scan_layers": True, "remat": True}
+
+
+def compile_row(effort: float, model: str, topology: str, mesh: tuple[int, int, int], pairs: int, program: str) -> dict:
+    """What one line of the file says, but for its name."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+    jax.config.update("jax_memory_fitting_effort", effort)
+    chip, devices = chips.devices(topology)
+    assert chip is not None, "these are TPUs"
+    laid = sharding.make_mesh(sharding.Config(**dict(zip(sharding.MESH_AXES, mesh, strict=True))), devices)
+    config = decoder.Config(**shapes.SHAPES[model] | SETTINGS)
+    work = plan.Work(model=config, batch_size=pairs * sharding.num_batch_parts(laid))
+    cost = PROGRAMS[program](work, laid, chip)
+    return {
+        "effort": effort,
+        "bytes": cost.held | {"temporary": cost.temporary},
+        "fits": cost.fits,
+        "tokens": work.batch_size * work.num_completions * work.completion_tokens,
+        **({"flops": cost.flops, "seconds": cost.seconds(chip)} if cost.program else {}),
+        "collectives": [dataclasses.asdict(x) for x in cost.program.collectives[:20]] if cost.program else [],
+        "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
+    }
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown, a row for each line."""
+    rows = [
+        "| model | slice | mesh | program | GiB | of | compute, ms | memory, ms | network, ms | tokens/s a chip |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        model, topology, mesh, pairs, program = line["row"]
+        chip = chips.CHIPS[topology.partition(":")[0]]
+        used = f"{sum(line['bytes'].values()) / chips.GIB:.1f}{'' if line['fits'] else ', too much'}"
+        seconds = line.get("seconds", {})
+        times = [f"{1e3 * seconds[name]:.3g}" if seconds else "" for name in ("compute", "memory", "network")]
+        slowest = max(seconds.values(), default=0)
+        size = math.prod(mesh)
+        rate = f"{line['tokens'] / slowest / size:.0f}" if slowest else ""
+        axes = " x ".join(map(str, mesh))
+        cells = [
+            model,
+            f"{topology}, {size} chips",
+            f"{axes}, {pairs} pairs",
+            program,
+            used,
+            f"{chip.hbm / chips.GIB:.0f}",
+        ]
+        rows.append(f"| {' | '.join([*cells, *times, rate])} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--effort", type=float, default=0.0)
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    if options.table:
+        print(table(lines))
+        return
+    done = {json.dumps(line["row"]) for line in lines}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for row in [[*row, program] for program in options.programs for row in ROWS]:
+            if json.dumps(row) in done:
+                continue
+            result = pool.submit(compile_row, options.effort, *row).result()
+            with options.file.open("a") as file:
+                file.write(json.dumps({"row": row, **result}) + "\n")
+            print(row, result.get("seconds", "does not fit"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Tokens to their rows of the embedding, cut as it lies at rest: no device ever holds a wider part of it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pjpo import layout
+from pjpo.layout import ROWS, TABLE
+
+
+@jax.custom_vjp
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "G M"]) -> Float[Array, "G M D"]:
+    """table[tokens]. Each device finds its own columns for its neighbours' tokens too, then they swap."""
+
+    @layout.on_devices(ins=(TABLE, ROWS), outs=ROWS, num_rows=len(tokens))
+    def each(table, tokens):
+        place, here = _places(table, layout.gather(tokens, axis=0))
+        found = table[place]
+        return layout.columns_to_rows(layout.sum_model(jnp.where(here[..., None], found, 0)))
+
+    return each(table, tokens)
+
+
+def _backward(residuals, cotangent):
+    table, tokens = residuals
+
+    @layout.on_devices(ins=(TABLE, ROWS, ROWS), outs=TABLE, num_rows=len(tokens))
+    def each(table, tokens, cotangent):
+        place, here = _places(table, layout.gather(tokens, axis=0))
+        cotangent = jnp.where(here[..., None], layout.rows_to_columns(cotangent), 0)
+        return layout.sum_data(jnp.zeros(table.shape, cotangent.dtype).at[place].add(cotangent))
+
+    return each(table, tokens, cotangent), None
+
+
+lookup.defvjp(lambda table, tokens: (lookup(table, tokens), (table, tokens)), _backward)
+
+
+def _places(table: Array, tokens: Array) -> tuple[Array, Array]:
+    """Rows of this device's part of the table, and whether they are the tokens' own."""
+    place = tokens - layout.offset(len(table))
+    return place.clip(0, len(table) - 1), (place >= 0) & (place < len(table))

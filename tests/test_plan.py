@@ -1,0 +1,325 @@
+"""Reading compiled programs, and what the real update's program must and must not hold, on CPU devices and TPU slices.
+
+TPU programs are compiled where libtpu is installed (`pip install -e '.[tpu]'`, 200 MB) and skipped where it is not.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from pjpo import plan, sharding
+from pjpo.methods import dpo, sft
+from pjpo.models import decoder
+from pjpo.plan import __main__ as command
+from pjpo.plan import chips, shapes
+from pjpo.plan.program import Collective, Program
+
+METHODS = {"dpo": {"loss": dpo.loss, "reference": "online"}, "sft": {"loss": sft.loss, "method": sft.Config()}}
+SIZES = {"num_heads": 16, "num_kv_heads": 8, "rope_theta": 1e4, "norm_eps": 1e-5, "max_positions": 4096}
+SMALL = decoder.Config(
+    **SIZES,
+    **{"vocab_size": 1024, "num_layers": 3, "model_dim": 64, "head_dim": 8, "mlp_dim": 128, "tied_head": True},
+    **{"scan_layers": True, "remat": True, "head_block_numbers": 2**14},
+)
+# Half of Llama-3.2-1B's width, so that a TPU program compiles in seconds; its vocabulary and head stay hard enough.
+MIDDLE = decoder.Config(
+    **SIZES,
+    **{"vocab_size": 32768, "num_layers": 4, "model_dim": 1024, "head_dim": 64, "mlp_dim": 2048, "tied_head": True},
+    **{"dtype": "bfloat16", "scan_layers": True, "remat": True, "head_block_numbers": 2**24},
+)
+MESHES = {
+    "fsdp": sharding.Config(data=1, fsdp=8),
+    "data, fsdp": sharding.Config(data=2, fsdp=4),
+    "fsdp, model": sharding.Config(data=1, fsdp=4, model=2),
+    "all": sharding.Config(data=2, fsdp=2, model=2),
+}
+
+
+def read(function, *arguments) -> Program:
+    return Program(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def matrices(*shapes, dtype=jnp.float32):
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+def test_products_in_loops_count_each_time():
+    def inner(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0]
+
+    def outer(x, w, v):
+        x, sums = jax.lax.scan(lambda x, _: (inner(x, w), jnp.einsum("ij,kj->ik", x, v).sum()), x, length=3)
+        return x, sums
+
+    program = read(outer, *matrices((8, 16), (16, 16), (4, 16)))
+    assert program.flops == 3 * (5 * 2 * 8 * 16 * 16 + 2 * 8 * 16 * 4)
+
+
+def test_a_loop_that_may_end_early_counts_to_its_limit():
+    def decode(x, w):
+        going = lambda carry: (carry[0] < 7) & (carry[1].sum() > 0)  # noqa: E731
+        return jax.lax.while_loop(going, lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ w)), (0, x))
+
+    assert read(decode, *matrices((8, 16), (16, 16))).flops == 7 * 2 * 8 * 16 * 16
+
+
+def test_a_batch_axis_that_a_tpu_program_writes_as_a_window_counts_once():
+    # Attention's scores [2, 8, 2, 4, 512, 512] as the TPU compiler writes them: windows over padding but for one place.
+    text = """
+ENTRY %main (q: f32[2,8,2,4,512,64], k: f32[2,8,2,512,64,1]) -> f32[2,8,2,4,512,512] {
+  %q = f32[2,8,2,4,512,64]{5,4,3,2,1,0} parameter(0)
+  %k = f32[2,8,2,512,64,1]{5,4,3,2,1,0} parameter(1)
+  ROOT %c = f32[2,8,2,4,512,512]{4,5,3,2,1,0:T(8,128)S(1)} convolution(%q, %k), window={size=2x8x2x1 \
+stride=1x7x1x1 lhs_dilate=2x8x2x1}, dim_labels=0123bf_012oi3->0123bf
+}
+"""
+    program = Program(text)
+    assert program.flops == 2 * (2 * 8 * 2 * 4) * 512 * 512 * 64
+    assert program.bytes == 4 * (2 * 8 * 2 * 4 * 512 * 64 + 2 * 8 * 2 * 512 * 64)  # the result stays on the chip
+
+
+def test_a_loop_that_takes_several_steps_at_once_is_counted_by_its_counter():
+    text = """
+%body (carry: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
+  %carry = (u32[], f32[4,4]) parameter(0)
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%carry), index=0
+  %x = f32[4,4] get-tuple-element(%carry), index=1
+  %next = u32[] add(%i, %two)
+  %y = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (u32[], f32[4,4]) tuple(%next, %y)
+}
+
+%condition (carry.1: (u32[], f32[4,4])) -> pred[] {
+  %carry.1 = (u32[], f32[4,4]) parameter(0)
+  %limit = u32[] constant(8)
+  %j = u32[] get-tuple-element(%carry.1), index=0
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (start: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
+  %start = (u32[], f32[4,4]) parameter(0)
+  ROOT %loop = (u32[], f32[4,4]) while(%start), condition=%condition, body=%body
+}
+"""
+    assert Program(text).flops == 4 * 2 * 4**3
+
+
+def test_collectives_in_loops_with_kind_group_and_size():
+    mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=4))
+
+    def sums(x):
+        def body(total, _):
+            whole = jax.lax.all_gather(x * total.sum(), "fsdp", axis=1, tiled=True)
+            return total + jax.lax.psum(whole[:, :4].sum(1), "fsdp"), None
+
+        return jax.lax.scan(body, jnp.ones(16), length=6)[0]
+
+    specs = {"in_specs": PartitionSpec(None, "fsdp"), "out_specs": PartitionSpec()}
+    sums = jax.shard_map(sums, mesh=mesh, **specs, check_vma=False)
+    found = read(sums, *matrices((16, 32))).collectives
+    assert Collective("all-gather", 16 * 32 * 4, 4, 6) in found
+    assert Collective("all-reduce", 16 * 4, 4, 6) in found
+    assert found[0].sent == 6 * 16 * 32 * 4 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[4,2]<=[8]", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+    ],
+)
+def test_groups_in_every_notation(groups, size):
+    text = f"""
+ENTRY %main (x: f32[10]) -> f32[10] {{
+  %x = f32[10] parameter(0)
+  ROOT %sum = f32[10] all-reduce(%x), channel_id=1, {groups}, to_apply=%add
+}}
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}}
+"""
+    assert Program(text).collectives == [Collective("all-reduce", 40, size, 1)]
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="it has no ENTRY"):
+        Program("HloModule nothing")
+
+
+# ---------------------------------------------------------------------------------------------- the real update
+
+
+def make_work(model, method, mesh, tokens) -> plan.Work:
+    settings = METHODS[method]
+    return plan.Work(
+        model=model,
+        batch_size=2 * sharding.num_batch_parts(mesh),
+        prompt_tokens=tokens,
+        completion_tokens=tokens,
+        **{"reference": "none", **settings},
+    )
+
+
+def update_flops(work: plan.Work) -> int:
+    """By hand: 2 for each weight and position that meet, and for each query and key, seen or masked, twice."""
+    c = work.model
+    weights = c.model_dim * c.head_dim * (c.num_kv_heads * (c.heads_of_kv + 2) + c.num_heads)
+    weights += 3 * c.model_dim * c.mlp_dim
+    completions = work.batch_size * work.num_completions * work.completion_tokens
+    positions = work.batch_size * work.prompt_tokens + completions
+    scores = work.batch_size * work.prompt_tokens**2 + completions * (work.prompt_tokens + work.completion_tokens)
+    layers = c.num_layers * (2 * positions * weights + 4 * scores * c.num_heads * c.head_dim)
+    forward = layers + 2 * completions * c.model_dim * c.vocab_size
+    # The backward pass repeats the forward one, but for each layer's last product, and has two products for each.
+    again = forward - c.num_layers * 2 * positions * c.mlp_dim * c.model_dim
+    return forward + again + 2 * forward + (work.reference == "online") * forward
+
+
+def assert_is_well_made(work: plan.Work, mesh, cost: plan.Cost, rounding: float = 1e-12) -> None:
+    """No tokens x vocabulary, weights gathered layer by layer, nothing computed twice over."""
+    c, program = work.model, cost.program
+    vocabulary = {c.vocab_size, c.vocab_size // mesh.shape["model"]}
+    widths = {c.model_dim, c.model_dim // mesh.shape["fsdp"]}
+    rows = work.batch_size // sharding.num_batch_parts(mesh) * work.num_completions * work.completion_tokens
+    for array in program.arrays():
+        if vocabulary & set(array.shape) and not widths & set(array.shape):
+            assert math.prod(array.shape) <= c.head_block_numbers < rows * min(vocabulary), array
+    heads = c.num_kv_heads // mesh.shape["model"], c.heads_of_kv + 2, c.head_dim
+    mlp = c.mlp_dim // mesh.shape["model"]
+    kernels = [(c.model_dim, *heads), (c.model_dim, 2, mlp), (mlp, c.model_dim)]
+    for array in program.arrays():
+        assert not any(array.shape == (c.num_layers, *kernel) for kernel in kernels), f"the whole stack: {array}"
+    assert program.flops == pytest.approx(update_flops(work) / mesh.size, rel=rounding)
+
+
+@pytest.mark.parametrize(("method", "name"), [*(("dpo", name) for name in MESHES), ("sft", "all")])
+def test_updates_on_cpu_devices(method, name, capfd):
+    mesh = sharding.make_mesh(MESHES[name])
+    work = make_work(SMALL, method, mesh, tokens=64)
+    cost = plan.of_update(work, mesh, None)
+    assert_is_well_made(work, mesh, cost)
+    assert "rematerialization" not in capfd.readouterr().err  # the partitioner's way to say that it gave up
+    assert cost.fits is None
+    params = jax.tree.leaves(plan.abstract_params(plan.Policy(work.model), mesh))
+    sizes = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in params)
+    assert cost.held["parameters"] == sizes
+    assert cost.held["optimizer"] == pytest.approx(2 * sizes, rel=1e-3)
+
+
+def test_memory_is_that_of_the_state_that_runs():
+    """Against a state that really lies on the devices."""
+    mesh = sharding.make_mesh(MESHES["all"])
+    work = make_work(SMALL, "dpo", mesh, tokens=16)
+    policy = plan.Policy(work.model)
+    placed = sharding.place(policy.init(jax.random.key(0)), mesh)
+    on_first = [s.data.nbytes for x in jax.tree.leaves(placed) for s in x.addressable_shards if s.device.id == 0]
+    assert plan.of_update(work, mesh, None).held["parameters"] == sum(on_first)
+
+
+@pytest.fixture
+def quickly():
+    """The compiler tries less hard: a fourth of the time, the same products and collectives."""
+    names = "jax_exec_time_optimization_effort", "jax_memory_fitting_effort"
+    before = [getattr(jax.config, name) for name in names]
+    for name in names:
+        jax.config.update(name, -1.0)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:2x4", "fsdp"), ("v5p:2x2x2", "fsdp, model")])
+def test_updates_on_tpu_slices(topology, mesh, method, capfd):
+    if not chips.has_compiler():
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    chip, devices = chips.devices(topology)
+    mesh = sharding.make_mesh(MESHES[mesh], devices)
+    work = make_work(MIDDLE, method, mesh, tokens=512)
+    cost = plan.of_update(work, mesh, chip)
+    assert cost.fits
+    assert_is_well_made(work, mesh, cost, rounding=0.02)
+    assert "rematerialization" not in capfd.readouterr().err
+    # With one copy of the model, gradients are summed straight into the parts that devices keep.
+    kernel = 4 * work.model.model_dim * work.model.mlp_dim // mesh.shape["model"]
+    assert not [x for x in cost.program.collectives if x.kind == "all-reduce" and x.devices == 8 and x.bytes >= kernel]
+
+
+def test_a_generation_step():
+    mesh = sharding.make_mesh(MESHES["all"])
+    work = make_work(SMALL, "dpo", mesh, tokens=16)
+    cost = plan.of_generation(work, mesh, None)
+    c = work.model
+    weights = c.model_dim * c.head_dim * (c.num_kv_heads * (c.heads_of_kv + 2) + c.num_heads)
+    weights += 3 * c.model_dim * c.mlp_dim
+    sequences = work.batch_size * work.num_completions
+    heads = c.num_heads * c.head_dim
+    prefill = c.num_layers * work.batch_size * (2 * 16 * weights + 4 * 16**2 * heads)
+    token = (
+        c.num_layers * sequences * (2 * weights + 4 * (16 + 16) * heads) + 2 * sequences * c.model_dim * c.vocab_size
+    )
+    assert cost.flops == (prefill + 16 * token) / mesh.size
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_the_command_prints_a_plan(capsys):
+    pytest.importorskip("glassllm")
+    chosen = "--experiment dpo_glass --mesh.data 4 --mesh.fsdp 2 --prompt-tokens 16 --completion-tokens 8"
+    chosen += " --program update --scan-layers True"
+    command.run(command.parse(["glassllm-en", "--topology", "cpu:8", *chosen.split()]))
+    printed = capsys.readouterr().out
+    for words in ("cpu:8, 8 devices: data=4, fsdp=2, model=1", "update: memory", "optimizer", "all-gather"):
+        assert words in printed
+
+
+def test_public_shapes_have_the_sizes_of_their_names():
+    for name, billions in (("Llama-3.2-1B", 1.24), ("Llama-3.1-8B", 8.03), ("Llama-3.1-70B", 70.6)):
+        params = jax.eval_shape(plan.Policy(decoder.Config(**shapes.SHAPES[name])).init, jax.random.key(0))
+        assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=5e-3)
+
+
+def test_a_collective_takes_the_time_of_its_slowest_link():
+    # v5p: 1200 GB/s over six links, both directions added, are 200 GB/s along an axis.
+    assert chips.CHIPS["v5p"].axis_bandwidth == 200e9
+    assert Collective("all-reduce", 8_000, 8, 10).sent == 2 * 7 / 8 * 8_000 * 10
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v4:2x2", "topology must be cpu:<devices> or one of v5e, v5p, v6e as in v5p:4x4x4, got 'v4:2x2'"),
+        ("v5p", "got 'v5p'"),
+        ("cpu:2x2", "got 'cpu:2x2'"),
+        ("cpu:9", "topology cpu:9: there are 8 CPU devices; ask for 1 to 8"),
+    ],
+)
+def test_topologies_that_do_not_exist_are_refused(topology, message):
+    with pytest.raises(ValueError, match=message):
+        chips.devices(topology)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    mesh = sharding.make_mesh(MESHES["fsdp"])
+    with pytest.raises(ValueError, match="batch_size 3 is not divisible by 8"):
+        plan.of_update(plan.Work(model=SMALL, batch_size=3), mesh, None)
+
+
+def test_no_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(chips, "has_compiler", lambda: False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pjpo\[tpu\]'"):
+        chips.devices("v5e:2x4")
