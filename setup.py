@@ -26,7 +26,7 @@ CORE = [
 ]
 EXTRAS = {
     "gpu": ["jax[cuda13]"],  # the CUDA wheels that belong to the installed jax
-    "tpu": ["jax[tpu]"],  # libtpu
+    "tpu": ["jax[tpu]"],  # libtpu: TPUs, and their compiler, for pjpo.plan and its tests; 200 MB
     "wandb": ["wandb>=0.22"],  # logging to Weights & Biases
     "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=7"],  # opening and executing notebooks/
     "rewards": [

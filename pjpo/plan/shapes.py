@@ -1,4 +1,7 @@
-"""Public models by their sizes alone, to plan for what is not on this disk; numbers from each model's config.json."""
+"""Public models by their sizes alone, to plan for what is not on this disk; numbers from each model's config.json.
+
+The scaling of their rotations is left out: it costs nothing.
+"""
 
 LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "norm_eps": 1e-5, "max_positions": 131072}
 SHAPES = {
