@@ -23,7 +23,7 @@ def setup(width, num_completions, length):
     batch = tiny.ragged(rng, num_prompts=2, width=width, num_completions=num_completions, length=length)
     streams = Streams.of(batch)
     qkv = jnp.asarray(rng.normal(size=(*streams.tokens.shape, 2, 4, 8)), jnp.float32)
-    return streams, qkv, np.asarray(streams.join(streams.prompt_keys, batch.completion_mask))
+    return streams, qkv, np.asarray(streams.join(streams.prompt_keys, jnp.asarray(batch.completion_mask)))
 
 
 def through(kernel, streams, qkv):
