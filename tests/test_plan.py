@@ -280,7 +280,7 @@ def test_a_generation_step():
 def test_the_command_prints_a_plan(capsys):
     pytest.importorskip("glassllm")
     chosen = "--experiment dpo_glass --mesh.data 4 --mesh.fsdp 2 --prompt-tokens 16 --completion-tokens 8"
-    chosen += " --program update --scan-layers True"
+    chosen += " --program update --scan-layers"
     command.run(command.parse(["glassllm-en", "--topology", "cpu:8", *chosen.split()]))
     printed = capsys.readouterr().out
     for words in ("cpu:8, 8 devices: data=4, fsdp=2, model=1", "update: memory", "optimizer", "all-gather"):
