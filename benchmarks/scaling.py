@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md: DPO and generation of three models on slices of TPUs, compiled for them and not run.
+"""A table of scaling: DPO and generation of three models on slices of TPUs, compiled for them and not run.
 
     python -m benchmarks.scaling results.jsonl          compile what is not in the file yet, a line for each program
     python -m benchmarks.scaling results.jsonl --table  print the file as a table
