@@ -12,6 +12,7 @@ def test_a_mean_is_over_what_the_mask_keeps():
     values, mask = jnp.array([[1.0, 2.0], [4.0, jnp.inf]]), jnp.array([[True, True], [True, False]])
     np.testing.assert_allclose(Mean.of(values, mask).value(), 7 / 3, rtol=1e-7)
     np.testing.assert_allclose(Mean.of(values[:1]).value(), 1.5)
+    assert Mean.of(values[1, :1]).value() == 4
 
 
 def test_parts_add_up_to_the_whole_however_uneven():
@@ -29,6 +30,7 @@ def test_nothing_counted_is_zero_with_a_zero_gradient():
 
     assert mean(jnp.full(3, jnp.nan)) == 0
     np.testing.assert_array_equal(jax.grad(mean)(jnp.ones(3)), 0)
+    assert jax.value_and_grad(lambda sum: Mean(sum, jnp.float32(0)).value())(jnp.float32(3)) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pjpo.packing import pack, prompt_keys
+from pjpo.types import Batch
 from tests import tiny
 
 
@@ -48,6 +49,25 @@ def test_every_real_token_has_one_place(num_groups, prompt_step, completion_step
         (first, packing.slots.shape[1] - first), (prompt_step, completion_step), most, whole, strict=True
     ):
         assert size == min(-(-max(needed, 1) // step) * step, limit)
+
+
+def test_a_batch_of_nothing_takes_one_place_of_each_kind():
+    mask = np.zeros((2, 3, 4), bool)
+    packing = pack(
+        Batch.of(completion_tokens=mask.astype(np.int32), completion_mask=mask), prompt_step=1, completion_step=1
+    ).packing
+    assert packing.num_prompt_places == 0  # there are no prompts of any width
+    assert packing.slots.tolist() == [[24]]
+
+
+def test_unless_said_otherwise_there_is_one_group_and_places_come_by_256():
+    mask = np.broadcast_to(np.arange(8) < 3, (100, 2, 8))
+    batch = Batch.of(
+        completion_tokens=np.zeros((100, 2, 8), np.int32), completion_mask=mask, prompt_tokens=mask[:, 0] * 1
+    )
+    packing = pack(batch).packing
+    assert packing.num_prompt_places == 768  # for 700 tokens
+    assert packing.slots.shape == (1, 768 + 768)  # for 600 tokens more
 
 
 def test_packing_leaves_the_rest_of_the_batch_as_it_was():

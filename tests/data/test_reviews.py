@@ -25,7 +25,8 @@ def words(text):
 
 
 def made_up(num, num_words=12):
-    return [reviews.Review(f"{i} " + "word " * num_words, i % 2, "imdb", f"imdb:{i}") for i in range(num)]
+    rest = " ".join(f"word{chr(97 + j)}" for j in range(num_words))
+    return [reviews.Review(f"{i} {rest}", i % 2, "imdb", f"imdb:{i}") for i in range(num)]
 
 
 @needs_reviews
@@ -220,5 +221,10 @@ def test_texts_are_an_opening_and_what_follows_it(tmp_path):
         assert [*example.prompt, *example.completions[0]] == whole[: 2 + 3]
         cut += len(whole) > 2 + 3
     assert data.counts == {"cut at the end": cut}
+    config = reviews.Texts(num_reviews=10, num_held_out=5, opening_tokens=2, max_completion_tokens=1 + 12 + 1 - 2)
+    data = config.build(types.SimpleNamespace(tokenizer=words_only))
+    for example in data.train + data.held_out:  # just short enough to end
+        assert [*example.prompt, *example.completions[0]] == [*words(by_id[example.id].text), 7]
+    assert data.counts == {"cut at the end": 0}
     with pytest.raises(ValueError, match="review texts: opening_tokens must be >= 1, got 0"):
         reviews.Texts(opening_tokens=0)
