@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 import pjpo
-from pjpo import experiment, runs, train
+from pjpo import distributed, experiment, runs, train
 from pjpo.experiment import Experiment, Model
 
 __all__ = ["Experiment", "Model", "about", "check_name", "get", "launch", "names", "override"]
@@ -29,6 +29,11 @@ class Options:
     smoke: bool = False  # a minute's worth of it, to see that everything works
     resume: Path | None = None  # folder of a run to go on with
     runs: Path = Path("runs")  # where new runs get their folder
+    # One of several processes, as the cluster's scheduler says, or as is given:
+    is_distributed: Annotated[bool, tyro.conf.arg(name="distributed")] = False
+    processes: Annotated[distributed.Config, tyro.conf.arg(name="distributed")] = dataclasses.field(
+        default_factory=distributed.Config
+    )
 
 
 def names() -> list[str]:
@@ -93,9 +98,15 @@ def launch(value: Experiment, argv: list[str] | None = None) -> None:
             options = parse(experiment.recall(value, found.config) if found.experiment == name else value)
         elif options.smoke:
             options = parse(override(value, value.smoke))
-        experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
-    except (train.Stopped, KeyboardInterrupt) as stopped:
-        raise SystemExit(str(stopped) or "stopped") from None
+        given = options.is_distributed or options.processes != distributed.Config()
+        with distributed.started(options.processes if given else None):
+            experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
+    except train.Stopped as stopped:
+        raise SystemExit(str(stopped) if distributed.is_first() else 1) from None
+    except distributed.Lost as lost:
+        raise SystemExit(str(lost)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         if not is_told(error):
             raise

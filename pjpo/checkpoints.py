@@ -3,6 +3,8 @@
 A checkpoint is a folder named by its step. It is written beside its place and renamed when every byte is there, so a
 run killed while saving leaves a temporary folder and nothing else. The list of its files with their sizes and checksums
 is part of it; a checkpoint that does not agree with its list is damaged, and is passed over in favour of an older one.
+
+Several processes write one checkpoint together, into a folder that all of them see; any number of them restores it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pjpo import distributed
 
 FILES = "files.json"  # inside a checkpoint: {path: [bytes, crc32]}
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
@@ -65,7 +69,7 @@ class Checkpoints:
             None  # Orbax's, made at the first save: importing it takes a second, and it tidies the folder
         )
         self._saving: int | None = None  # the step that is being written in the background
-        self._damaged: set[int] = set()  # the steps that `restore` passed over
+        self._damaged: list[int] = []  # the steps that `restore` passed over
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, damaged or not, oldest first."""
@@ -99,7 +103,7 @@ class Checkpoints:
 
         self.wait()
         self._move_damaged()
-        if step in self.steps():
+        if distributed.from_first(lambda: step in self.steps()):
             return
         leaves = _by_name(state)
         for name, leaf in leaves.items():
@@ -162,7 +166,12 @@ class Checkpoints:
             ValueError: every checkpoint is damaged (or the one asked for), or a good one does not fit `like`.
         """
         self.wait()
-        steps = self.steps() if step is None else [step]
+        found, self._damaged = distributed.from_first(lambda: self._newest_good(step))
+        return None if found is None else self._read(found, like, inside)
+
+    def _newest_good(self, step: int | None) -> tuple[int | None, list[int]]:
+        """The step to restore, and the steps that are damaged."""
+        steps, damaged = self.steps() if step is None else [step], set(self._damaged)
         for path in sorted(self.folder.glob(f"*{TEMPORARY}*")):
             self.say(f"{path}: a half-written checkpoint, ignored; the run was stopped while it was being saved")
         problems = {}
@@ -171,15 +180,15 @@ class Checkpoints:
             if problem is None:
                 if problems:
                     self.say(f"the checkpoint of step {found} is used instead")
-                return self._read(found, like, inside)
+                return found, sorted(damaged)
             problems[found] = problem
-            self._damaged.add(found)
+            damaged.add(found)
             self.say(f"{self.folder / str(found)}: a damaged checkpoint, ignored: {problem}")
         if problems:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             known = f"Known steps: {', '.join(map(str, self.steps())) or 'none'}. " if step is not None else ""
             raise ValueError(f"no good checkpoint in {self.folder}: {listed}. {known}Remove that folder to start anew")
-        return None
+        return None, sorted(damaged)
 
     def _read(self, step: int, like: Any, inside: str) -> Restored:
         """A checkpoint whose files are in order."""
@@ -217,13 +226,18 @@ class Checkpoints:
 
     def _move_damaged(self) -> None:
         """Out of the way of new checkpoints of the same steps."""
-        if self._damaged:
-            self.close()  # the next manager looks at the folder anew
-        for step in self._damaged if jax.process_index() == 0 else ():
-            path = self.folder / str(step)
-            shutil.rmtree(path.with_suffix(DAMAGED), ignore_errors=True)
-            path.rename(path.with_suffix(DAMAGED))
-        self._damaged.clear()
+        if not self._damaged:
+            return
+        self.close()  # the next manager looks at the folder anew
+
+        def move() -> None:
+            for step in self._damaged:
+                path = self.folder / str(step)
+                shutil.rmtree(path.with_suffix(DAMAGED), ignore_errors=True)
+                path.rename(path.with_suffix(DAMAGED))
+
+        distributed.from_first(move)
+        self._damaged = []
 
     def _make_manager(self):
         import orbax.checkpoint as ocp
@@ -259,7 +273,7 @@ class Checkpoints:
     def _fail(self, error: Exception) -> None:
         """Gives back the space of the checkpoint that could not be saved, and says what to do."""
         step, self._saving, self._manager = self._saving, None, None  # Orbax's manager would report the error again
-        for path in self.folder.glob(f"{step}{TEMPORARY}*"):
+        for path in self.folder.glob(f"{step}{TEMPORARY}*") if distributed.is_first() else ():
             shutil.rmtree(path, ignore_errors=True)
         place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free = shutil.disk_usage(place).free / 2**20

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from pjpo import checkpoints, models, optim, packing, reference, report, runs, sharding, step, train
+from pjpo import checkpoints, distributed, models, optim, packing, reference, report, runs, sharding, step, train
 from pjpo.data import saved as saved_data
 from pjpo.data.batches import Batches
 from pjpo.data.buckets import Buckets, collate
@@ -89,30 +89,38 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
         ValueError: settings that do not fit each other, or a folder that holds something else.
         train.Stopped: interrupted, with everything saved.
         FloatingPointError: diverged; the report shows how.
+        distributed.Lost: another process ended.
     """
+    distributed.agree("config", {"experiment": name, "resume": str(resume), **runs.flat(describe(experiment))})
+    distributed.agree("code", runs.code())
+    say = say if distributed.is_first() else lambda _: None
     mesh = sharding.make_mesh(experiment.mesh)
     _check(experiment, mesh)
-    experiment = dataclasses.replace(experiment, model=experiment.model.made(Path(root), say))
+    experiment = dataclasses.replace(experiment, model=_made(experiment.model, Path(root), say))
     config = describe(experiment)
-    folder = runs.open(resume, name, config, may_change=MAY_CHANGE) if resume else None
+    folder = _folder(lambda: runs.open(resume, name, config, may_change=MAY_CHANGE)) if resume else None
     parts = _build(experiment, mesh, folder.path if folder else None, Path(root), say)
     # Only now, so that a model or data that cannot be used leave no folder behind.
-    folder = folder or runs.create(root, name, config)
-    if experiment.wandb_project:
+    folder = folder or _folder(lambda: runs.create(root, name, config))
+    if experiment.wandb_project and distributed.is_first():
         folder = dataclasses.replace(folder, sink=runs.wandb_sink(experiment.wandb_project, folder, config))
     say(f"run: {folder.path}")
     try:
         with folder, checkpoints.Checkpoints(folder.checkpoints, experiment.keep_best_by, say=say) as saved:
             _run(experiment, parts, folder, saved)
     except (train.Stopped, FloatingPointError) as ended:
-        say(f"report: {report.write(folder)}")
+        _report(folder, say)
         if isinstance(ended, FloatingPointError):
             raise
         raise train.Stopped(f"{ended}\n{_how_to_go_on(name, folder)}") from None
     except KeyboardInterrupt:
         about = "stopped at once; updates after the last checkpoint will be repeated"
         raise train.Stopped(f"{about}\n{_how_to_go_on(name, folder)}") from None
-    say(f"report: {report.write(folder)}")
+    except jax.errors.JaxRuntimeError as error:
+        if not distributed.is_loss(error):
+            raise
+        raise distributed.Lost(f"{distributed.about_loss(error)}\n{_how_to_go_on(name, folder)}") from None
+    _report(folder, say)
     return folder.path
 
 
@@ -157,6 +165,28 @@ def _how_to_go_on(name: str, folder: runs.RunFolder) -> str:
     return "Go on with: " + shlex.join(["python", "-m", f"experiments.{name}", "--resume", str(folder.path)])
 
 
+def _made(model: Model, root: Path, say: Callable[[str], None]) -> Model:
+    """The first process makes it, for all to load."""
+    if jax.process_count() == 1:
+        return model.made(root, say)
+    return recall(Model(source=""), distributed.from_first(lambda: describe(model.made(root, say))))
+
+
+def _report(folder: runs.RunFolder, say: Callable[[str], None]) -> None:
+    if distributed.is_first():
+        say(f"report: {report.write(folder)}")
+
+
+def _folder(make: Callable[[], runs.RunFolder]) -> runs.RunFolder:
+    """The run's folder, made by the first process and seen by all."""
+    if jax.process_count() == 1:
+        return make()
+    path = Path(distributed.from_first(lambda: str(make().path.absolute())))
+    if distributed.any_of(not path.is_dir()):
+        raise ValueError(f"{path}, the run's folder, is not there for every process; put --runs where all can see it")
+    return runs.RunFolder(path) if distributed.is_first() else runs.Witness(path)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parts:
     """What a run is put together from, all of it checked."""
@@ -198,19 +228,30 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     context, data, reference_model = parts.context, parts.data, parts.reference_model
     policy, mesh = context.policy, context.mesh
     folder.summary({f"counts/{what}": count for what, count in data.counts.items()})
-    if data.sampled and not (folder.path / PAIRS).exists():
+    if data.sampled and distributed.is_first() and not (folder.path / PAIRS).exists():
         saved_data.save(folder.path / PAIRS, data)
-    batches = Batches(data.train, batch_size=experiment.batch_size, seed=experiment.seed, buckets=context.buckets)
+    index, count = sharding.share(mesh)
+    batches = Batches(
+        data.train,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        buckets=context.buckets,
+        shard_index=index,
+        shard_count=count,
+    )
+    distributed.agree("data", batches.get_state())
     schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
     num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
 
-    def prepare(batch: Batch) -> Batch:
-        batch = reference_model.attach(batch)
-        return sharding.place_batch(packing.pack(batch, num_groups=num_groups) if experiment.pack else batch, mesh)
+    def prepare(share: Batch) -> Batch:
+        share = reference_model.attach(share, mesh)
+        if experiment.pack:
+            share = packing.pack(share, num_groups=num_groups // count, largest=distributed.largest)
+        return sharding.place_share(share, mesh)
 
     first = collate(data.train[: experiment.batch_size], context.buckets)
-    prepared = prepare(first)
+    prepared = prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))
     reference_model.check_start(experiment, prepared)
     state = train.train(
         experiment.loop,
@@ -251,10 +292,11 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     if before and after:
         context.say(side_by_side(before, after))
     is_pairs = first.completion_tokens.shape[1] == 2
-    written = any(row.get("kind") == "token_rewards" for row in rows)
+    written = distributed.from_first(lambda: any(row.get("kind") == "token_rewards" for row in rows))
     if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
         # In the shapes of the step-0 gate, for which everything is compiled.
-        logps, ref_logps = (policy.logps(p, prepared)[:4] for p in (state.params, reference_model.of(state)))
+        both = [policy.logps(p, prepared) for p in (state.params, reference_model.of(state))]
+        logps, ref_logps = (logps[:4] for logps in distributed.fetch(both))
         shown = jax.tree.map(lambda x: x[:4], first)
         labels = ("chosen", "rejected")
         rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, context.tokenizer, labels)
@@ -275,8 +317,8 @@ class _ReferenceModel:
             return self.policy.without_adapters(state.params)
         return None if self.kind == "none" else self.params
 
-    def attach(self, batch: Batch) -> Batch:
-        return self.store.attach(batch) if self.store else batch
+    def attach(self, batch: Batch, share_on: jax.sharding.Mesh | None = None) -> Batch:
+        return self.store.attach(batch, share_on) if self.store else batch
 
     def check_start(self, experiment: Experiment, batch: Batch) -> None:
         """The step-0 gate, on a prepared batch; see `pjpo.reference.check_start`."""
@@ -288,6 +330,7 @@ class _ReferenceModel:
         coarse = self.store is not None and self.policy.config.dtype == "bfloat16"
         allowed = {"tolerance": 1e-2, "token_tolerance": 0.25} if coarse else {}
         logps = self.policy.logps(self.params, batch)
+        batch, logps, ref_logps = distributed.fetch((batch, logps, ref_logps))
         reference.check_start(experiment.loss, experiment.method, batch, logps, ref_logps, **allowed)
 
 

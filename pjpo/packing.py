@@ -1,13 +1,21 @@
 """Pack a batch on the host, so that the policy computes its real tokens and next to no padding."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
 from pjpo.types import Batch, Packing
 
 
-def pack(batch: Batch, *, num_groups: int = 1, prompt_step: int = 256, completion_step: int = 256) -> Batch:
+def pack(
+    batch: Batch,
+    *,
+    num_groups: int = 1,
+    prompt_step: int = 256,
+    completion_step: int = 256,
+    largest: Callable[[list[int]], list[int]] = lambda counts: counts,
+) -> Batch:
     """The same batch with `packing` filled in: same log-probs to rounding, fewer positions computed.
 
     Args:
@@ -16,6 +24,8 @@ def pack(batch: Batch, *, num_groups: int = 1, prompt_step: int = 256, completio
         prompt_step: places for prompt tokens are rounded up to a multiple of this, a group; each multiple that occurs
             is a compilation.
         completion_step: the same for completion tokens.
+        largest: tokens of the fullest group here, prompts' and completions', to those anywhere: where each process
+            packs its own prompts, all need one shape.
 
     Raises:
         ValueError: `num_groups` does not divide the batch.
@@ -26,8 +36,9 @@ def pack(batch: Batch, *, num_groups: int = 1, prompt_step: int = 256, completio
     in_group = (num_groups, -1)
     prompt_slots = prompt_keys(batch.prompt_mask).reshape(in_group)
     completion_slots = np.asarray(batch.completion_mask).reshape(in_group)
-    prompt_places = _round_up(int(prompt_slots.sum(1).max()), prompt_step, prompt_slots.shape[1])
-    completion_places = _round_up(int(completion_slots.sum(1).max()), completion_step, completion_slots.shape[1])
+    most_prompt, most_completion = largest([int(slots.sum(1).max()) for slots in (prompt_slots, completion_slots)])
+    prompt_places = _round_up(most_prompt, prompt_step, prompt_slots.shape[1])
+    completion_places = _round_up(most_completion, completion_step, completion_slots.shape[1])
     num_slots = prompt_slots.shape[1] + completion_slots.shape[1]
     num_places = prompt_places + completion_places
     slots = np.full((num_groups, num_places), num_slots, np.int32)

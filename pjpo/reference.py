@@ -23,7 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from pjpo import distributed, sharding
 from pjpo.types import Batch
 
 PACKAGE = Path(__file__).parent
@@ -57,10 +59,14 @@ class Store:
                 say(f"{path}: a torn or damaged file of reference log-probs, ignored; its rows are computed again")
             self._rows.update(rows or {})
 
-    def attach(self, batch: Batch) -> Batch:
+    def attach(self, batch: Batch, share_on: Mesh | None = None) -> Batch:
         """The batch with `ref_logps` [B, N, T], float32, zero where there is no token.
 
         If any row is missing, log-probs of the whole batch are computed, in its own shape, and the missing rows kept.
+
+        Args:
+            batch: NumPy arrays; the same in every process, unless they are
+            share_on: this process's share of a batch on this mesh, see `pjpo.sharding.share`.
 
         Raises:
             OSError: rows cannot be written. Nothing that is on disk already is touched.
@@ -69,10 +75,11 @@ class Store:
         places = [(b, n) for b, n in np.argwhere(mask.any(-1)).tolist()]  # of the completions that are not empty
         addresses = dict(zip(places, _addresses(batch, places), strict=True))
         missing = {address: place for place, address in addresses.items() if address not in self._rows}
-        if missing:
-            logps = np.asarray(self.policy.logps(self.params, batch), np.float32)
+        if distributed.any_of(bool(missing)):
+            logps = self._logps(batch, share_on)
             rows = {address: logps[place][: _length(mask[place])].copy() for address, place in missing.items()}
-            self._write(rows)
+            if rows:
+                self._write(rows)
             self._rows.update(rows)
         self.hits += len(places) - len(missing)
         self.misses += len(missing)
@@ -81,6 +88,12 @@ class Store:
             row = self._rows[address]
             ref_logps[place][: len(row)] = row
         return dataclasses.replace(batch, ref_logps=ref_logps)
+
+    def _logps(self, batch: Batch, share_on: Mesh | None) -> np.ndarray:
+        if share_on is None:
+            return distributed.fetch(self.policy.logps(self.params, batch))
+        logps = distributed.fetch(self.policy.logps(self.params, sharding.place_share(batch, share_on)))
+        return logps[sharding.own_rows(share_on, len(logps))]
 
     def _write(self, rows: dict[bytes, np.ndarray]) -> None:
         path = self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.rows"
@@ -174,7 +187,7 @@ def _describe(policy: Any, params: dict) -> dict[str, Any]:
     weights = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         weights.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape};".encode())
-        weights.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        weights.update(np.ascontiguousarray(distributed.fetch(leaf)).reshape(-1).view(np.uint8))
     code = hashlib.sha256()
     for path in (path for pattern in FORWARD for path in sorted(PACKAGE.glob(pattern))):
         code.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size};".encode() + path.read_bytes())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import tqdm
 
+from pjpo import distributed
 from pjpo.sampling import Prompts, Sampling, sequence_keys
 from pjpo.types import Batch
 
@@ -37,11 +37,13 @@ def rollouts(policy, params, prompts: Sequence, key, sampling: Sampling, *, batc
     tokens, mask = pad(filled)
     keys = sequence_keys(key, len(filled), sampling.num_completions)
     parts = []
-    with tqdm.tqdm(total=len(prompts), desc=title, unit="prompt", disable=None if title else True) as bar:
+    with tqdm.tqdm(
+        total=len(prompts), desc=title, unit="prompt", disable=distributed.quiet() if title else True
+    ) as bar:
         for start in range(0, len(filled), batch_size):
             rows = slice(start, start + batch_size)
             completions = policy.generate(params, Prompts(tokens[rows], mask[rows]), keys[rows], sampling)
-            parts.append(jax.device_get(completions))
+            parts.append(distributed.fetch(completions))
             bar.update(min(batch_size, len(prompts) - start))
     tokens, mask = tokens[: len(prompts)], mask[: len(prompts)]
     completion_tokens, completion_mask, logps = (

@@ -175,6 +175,15 @@ class RunFolder:
             )
 
 
+class Witness(RunFolder):
+    """A run's folder in a process that does not write to it, as another one does."""
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def sample(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None: ...
+    def summary(self, numbers: Mapping[str, Any]) -> None: ...
+    def rewind(self, step: int) -> None: ...
+
+
 class _Events:
     """TensorBoard's file. The `SummaryWriter` of tensorboardX has a thread, without which (a full disk) a run hangs."""
 
@@ -369,20 +378,32 @@ def flat(config: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _surroundings() -> dict[str, Any]:
-    """What a number may depend on besides the config."""
-    import jax
+def code() -> dict[str, str | None]:
+    """What runs: versions of packages, and a digest of this project's own files."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {path.stat().st_size};".encode() + path.read_bytes())
+    return _versions() | {"pjpo": digest.hexdigest()[:16]}
 
-    versions = {"python": platform.python_version()}
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def _surroundings() -> dict[str, Any]:
+    """What a number may depend on besides the config."""
+    import jax
+
     devices = [device.device_kind for device in jax.devices()]
     return {
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": _versions(),
         "commit": _commit(),
         "devices": {kind: devices.count(kind) for kind in sorted(set(devices))},
         "processes": jax.process_count(),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -100,8 +101,8 @@ def shardings(tree, mesh: Mesh):
 
 
 def place(tree, mesh: Mesh):
-    """Parameters or a training state, each leaf on its devices."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """Parameters or a training state, each leaf on its devices; every process holds the same values."""
+    return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
 def constrain(tree, mesh: Mesh):
@@ -110,8 +111,52 @@ def constrain(tree, mesh: Mesh):
 
 
 def place_batch(batch, mesh: Mesh):
-    """A batch, prompts cut over the mesh's batch axes."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+    """A batch, prompts cut over the mesh's batch axes; every process holds the whole of it."""
+    return jax.tree.map(lambda x: _place(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES))), batch)
+
+
+def place_share(batch, mesh: Mesh):
+    """The batch of which each process holds its share of the prompts, see `share`."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(BATCH_AXES)), batch)
+
+
+def share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which of how many equal shares of a batch the devices of a process take; of this one with None.
+
+    Processes whose devices hold parts of the same model replica take the same share.
+
+    Raises:
+        ValueError: processes whose shares overlap in part, or differ in size.
+    """
+    parts = mesh.devices.reshape(num_batch_parts(mesh), -1)  # the batch axes come first
+    shares: dict[int, frozenset] = {}
+    for place, devices in enumerate(parts):
+        for device in devices:
+            shares[device.process_index] = shares.get(device.process_index, frozenset()) | {place}
+    distinct = sorted(set(shares.values()), key=min)
+    if len({len(one) for one in distinct}) > 1 or sum(map(len, distinct)) != len(parts):
+        raise ValueError(
+            f"mesh {_named(mesh.shape.values())} cuts a batch across processes; let the devices of a process "
+            "make up whole parts, or each part whole processes"
+        )
+    return distinct.index(shares[jax.process_index() if process is None else process]), len(distinct)
+
+
+def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """The rows of a global array of `num_rows` that `place_share` fills from this process, ascending."""
+    cut = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    parts = cut.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[rows] for (rows,) in parts]))
+
+
+def _place(leaf, sharding: NamedSharding) -> jax.Array:
+    """What `jax.device_put` does, which compares the values of all processes first: all weights over the network."""
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _named(sizes) -> str:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from pjpo import distributed
 from pjpo.checkpoints import Checkpoints
 from pjpo.metrics import Mean
 from pjpo.runs import RunFolder
@@ -71,7 +72,8 @@ def train(
         state: the state at step 0; it is used up.
         ref_params: passed on to `update`.
         batches: an iterator of host-side batches with `get_state` and `set_state`.
-        prepare: host-side batch to what `update` takes: reference log-probs, packing, placement.
+        prepare: host-side batch to what `update` takes: reference log-probs, packing, placement. A process's part of
+            a batch becomes the whole of it here.
         evaluate: (state, step) to metrics, which are logged under their names; None evaluates nothing.
         trainable: state to what a checkpoint must hold.
         restored: (state, checkpointed) to the state to go on with.
@@ -113,10 +115,12 @@ def train(
         )
 
     def flush() -> None:
-        nonlocal since, counted, started
+        nonlocal since, counted, started, num_tokens
         if not pending:
             return
-        metrics = {name: float(mean.value()) for name, mean in _total(jax.device_get(pending)).items()}
+        logged, counts = zip(*distributed.fetch(pending), strict=True)
+        num_tokens += int(sum(counts))
+        metrics = {name: float(mean.value()) for name, mean in _total(list(logged)).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise diverged(f"{name} became {metrics[name]}")
@@ -138,13 +142,20 @@ def train(
 
     with (
         _Interruption() as interruption,
-        tqdm.tqdm(total=loop.num_steps, initial=step, desc="training", unit="step", disable=None, smoothing=0.1) as bar,
+        tqdm.tqdm(
+            total=loop.num_steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            disable=distributed.quiet(),
+            smoothing=0.1,
+        ) as bar,
     ):
+        stop = distributed.Call()
         while step < loop.num_steps:
-            batch = next(batches)
-            num_tokens += int(batch.prompt_mask.sum() + batch.completion_mask.sum())
-            state, metrics = update(state, ref_params, prepare(batch))
-            pending.append(metrics)
+            batch = prepare(next(batches))
+            state, metrics = update(state, ref_params, batch)
+            pending.append((metrics, _num_tokens(batch)))
             step += 1
             bar.update()
             last, evaluated = step == loop.num_steps, None
@@ -156,7 +167,7 @@ def train(
                 folder.log(step, evaluated)
                 show(evaluated)
                 started = time.perf_counter()
-            stopping = interruption.asked and not last
+            stopping = stop(interruption.asked) and not last
             if last or stopping or _due(step, loop.checkpoint_every_steps):
                 flush()
                 save(evaluated)
@@ -182,6 +193,7 @@ def _all_finite(tree: Any) -> bool:
 
 
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+_num_tokens = jax.jit(lambda batch: batch.prompt_mask.sum() + batch.completion_mask.sum())
 
 
 class _Interruption:

@@ -34,6 +34,8 @@ CACHED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CAC
 class Program:
     """A run of `tiny_run`, to be started again and again."""
 
+    module = "tests.tiny_run"
+
     def __init__(self, root, model, cache=None):
         self.root, self.model = root, model
         self.environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -41,7 +43,7 @@ class Program:
             self.environment |= CACHED | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
 
     def start(self, *arguments):
-        command = [sys.executable, "-u", "-m", "tests.tiny_run", "--runs", self.root, *arguments]
+        command = [sys.executable, "-u", "-m", self.module, "--runs", self.root, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=self.environment, **pipes)
 
@@ -65,20 +67,25 @@ class Program:
         rows = [json.loads(line) for line in text[: text.rindex("\n") + 1].splitlines()]
         return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
-    def wait_for(self, step, process):
-        """Until that update is logged."""
+    @property
+    def file(self):
+        """Which file holds the lines: a run that goes on writes another."""
+        return next((path.stat().st_ino for path in self.root.glob("*/*/metrics.jsonl")), None)
+
+    def wait_for(self, step, process, other_than=None):
+        """Until that update is logged, in another file than that where one is given."""
         while process.poll() is None:
             try:
-                if self.lines[-1]["step"] >= step:
+                if self.lines[-1]["step"] >= step and self.file != other_than:
                     return
             except (OSError, ValueError, IndexError):
                 pass  # there is no folder yet, or no line
             time.sleep(0.005)
         pytest.fail(f"it ended before update {step}: {process.stderr.read()}")
 
-    def bits(self):
+    def bits(self, step=LAST):
         """Of all that the last checkpoint holds, with what is beside it."""
-        about = json.loads((self.folder / "checkpoints" / str(LAST) / "about" / "metadata").read_text())
+        about = json.loads((self.folder / "checkpoints" / str(step) / "about" / "metadata").read_text())
         like = {}
         for name, spec in about["leaves"].items():
             dtype, _, shape = spec.partition("[")
@@ -86,7 +93,7 @@ class Program:
             like[name] = jax.random.key(0) if "key" in dtype else jax.ShapeDtypeStruct(shape, dtype)
         with Checkpoints(self.folder / "checkpoints") as checkpoints:
             found = checkpoints.restore(like)
-        assert found.step == LAST
+        assert found.step == step
         raw = {n: jax.random.key_data(leaf) if "key" in str(leaf.dtype) else leaf for n, leaf in found.state.items()}
         return {name: np.asarray(leaf).tobytes() for name, leaf in raw.items()}, found.extra
 
@@ -116,22 +123,27 @@ def same(one, other):
     assert extra == other_extra
 
 
-def kill_often(program, num_kills):
-    """SIGKILL at random updates, each later than the one before; whatever is being written then is torn."""
-    process = program.begin()
-    for step in sorted(random.Random(5).sample(range(1, LAST - 20), num_kills)):
-        program.wait_for(step, process)
+def kill_often(program, num_kills, seed=5):
+    """SIGKILL at random moments, each later than the one before; whatever is being written then is torn.
+
+    A moment is an update and up to a tenth of a second: five updates, and about as long as saving takes.
+    """
+    process, said, draw, killed = program.begin(), [], random.Random(seed), None
+    for step in sorted(draw.sample(range(1, LAST - 20), num_kills)):
+        program.wait_for(step, process, other_than=killed)
+        time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        said.append(process.communicate()[0])
+        killed = program.file
         process = program.start("--resume", program.folder)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return out
+    return [*said, out]
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path, model, cache, alone):
     out = kill_often(Program(tmp_path, model, cache), 3)
-    assert re.search(rf"going on from step \d+ of {LAST}", out)
+    assert re.search(rf"going on from step \d+ of {LAST}", out[-1])
     same(Program(tmp_path, model), alone)
 
 
@@ -139,6 +151,17 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path, model, cache, a
 def test_killed_ten_times_and_compiled_anew_each_time(tmp_path, model, alone):
     program = Program(tmp_path, model)
     kill_often(program, 10)
+    same(program, alone)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_while_saving_too(tmp_path, model, cache, alone):
+    program = Program(tmp_path, model, cache)
+    out = kill_often(program, 50, seed=11)
+    torn = sum("a half-written checkpoint, ignored" in said for said in out)
+    resumed = sum("going on from step" in said for said in out)
+    print(f"killed 50 times: {torn} checkpoints were torn, {resumed} starts went on from a checkpoint")
+    assert torn >= 3
     same(program, alone)
 
 

@@ -1,5 +1,7 @@
 """Where every parameter lies on a mesh, by a table written out here, and what a mesh or a batch must divide."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from pjpo.models import lora
 from pjpo.step import init_state
 from tests import tiny
 
-MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
+MESHES = {"8x1x1": (8, 1, 1), "4x2x1": (4, 2, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 WHOLE, FSDP, MODEL = None, "fsdp", "model"
 # The model of `tiny.DIVISIBLE` with adapters: vocabulary 64, width 16, 8 key/value heads of 2 queries, head 4, mlp 24.
 EXPECTED = {
@@ -41,8 +43,9 @@ EXPECTED = {
 }
 
 
-def make_mesh(name):
-    return sharding.make_mesh(sharding.Config(**dict(zip(("data", "fsdp", "model"), MESHES[name], strict=True))))
+def make_mesh(name, devices=None):
+    sizes = sharding.Config(**dict(zip(("data", "fsdp", "model"), MESHES[name], strict=True)))
+    return sharding.make_mesh(sizes, devices)
 
 
 def divisible_params(**settings):
@@ -118,6 +121,44 @@ def test_a_batch_is_cut_over_data_and_fsdp():
     for leaf in jax.tree.leaves(placed):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, *leaf.shape[1:])}
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+def test_in_one_process_its_share_of_a_batch_is_the_batch():
+    batch, mesh = tiny.ragged(np.random.default_rng(0), num_prompts=8), make_mesh("2x2x2")
+    whole, share = sharding.place_batch(batch, mesh), sharding.place_share(batch, mesh)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(share), strict=True):
+        assert one.sharding == other.sharding
+        np.testing.assert_array_equal(one, other)
+    assert sharding.share(mesh) == (0, 1)
+    np.testing.assert_array_equal(sharding.own_rows(mesh, 8), np.arange(8))
+
+
+def mesh_of(processes):
+    """As much of a mesh as `share` looks at, its devices in these processes: [data, fsdp, model]."""
+    sizes = dict(zip(sharding.MESH_AXES, np.shape(processes), strict=True))
+    devices = [types.SimpleNamespace(process_index=number) for number in np.ravel(processes)]
+    return types.SimpleNamespace(devices=np.array(devices).reshape(np.shape(processes)), shape=sizes)
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        ([[[0]], [[0]], [[1]], [[1]]], [(0, 2), (1, 2)]),
+        ([[[0]], [[1]], [[0]], [[1]]], [(0, 2), (1, 2)]),  # every other part
+        ([[[1], [1]], [[0], [0]]], [(1, 2), (0, 2)]),  # fsdp cuts a batch too
+        ([[[0, 1]], [[2, 3]]], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes to a part read the same rows
+        ([[[0, 1]], [[0, 1]]], [(0, 1), (0, 1)]),
+    ],
+)
+def test_shares_of_processes(processes, expected):
+    mesh = mesh_of(processes)
+    assert [sharding.share(mesh, process) for process in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("processes", [[[[0]], [[0]], [[0]], [[1]]], [[[0, 0]], [[0, 1]], [[1, 1]]]])
+def test_shares_that_differ_in_size_or_overlap_are_refused(processes):
+    with pytest.raises(ValueError, match=r"mesh data=\d, fsdp=1, model=\d cuts a batch across processes"):
+        sharding.share(mesh_of(processes), 0)
 
 
 def test_a_mesh_takes_the_devices_that_are_left():

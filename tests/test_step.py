@@ -27,6 +27,7 @@ SCHEDULE = optim.make_schedule(OPTIMIZER, NUM_STEPS)
 # measured as at most 8e-6 in any metric (gradient norms near 10 among them) and 3e-7 in any parameter, of which another
 # seed of the start moves some by 3. AdamW lets no error grow here, as clipping keeps its steps below the learning rate.
 METRICS_BOUND, PARAMS_BOUND = 2e-5, 3e-6
+ADAPTERS = {"reference": "adapter", "lora": lora.Config(rank=2), "num_layers": 1}
 
 
 def one_device():
@@ -64,6 +65,12 @@ def alone():
     return trajectory(one_device())
 
 
+@pytest.fixture(scope="module")
+def adapted():
+    """The same of adapters; one layer, which halves the time to compile."""
+    return trajectory(one_device(), **ADAPTERS)
+
+
 def assert_same_trajectory(found, expected):
     for name, values in expected[0].items():
         np.testing.assert_allclose(found[0][name], values, rtol=METRICS_BOUND, atol=METRICS_BOUND, err_msg=name)
@@ -74,6 +81,17 @@ def assert_same_trajectory(found, expected):
 @pytest.mark.parametrize("name", MESHES)
 def test_twenty_steps_agree_on_every_mesh(alone, name):
     assert_same_trajectory(trajectory(make_mesh(name)), alone)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_twenty_steps_of_adapters_agree_on_every_mesh(adapted, name):
+    assert_same_trajectory(trajectory(make_mesh(name), **ADAPTERS), adapted)
+
+
+@pytest.mark.parametrize("order", [[7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 6, 5, 1, 7, 2, 4]])
+def test_twenty_steps_agree_on_devices_in_any_order(adapted, order):
+    devices = [jax.devices()[place] for place in order]
+    assert_same_trajectory(trajectory(make_mesh("2x2x2", devices), **ADAPTERS), adapted)
 
 
 @functools.cache

@@ -4,13 +4,17 @@ python -m tests.tiny_run --model.source FOLDER --runs RUNS
 """
 
 import dataclasses
+import json
 import os
 import time
+from pathlib import Path
 
+import jax
 import numpy as np
 
 from experiments.registry import Experiment, Model, launch
 from pjpo import optim, runs, train
+from pjpo.data.batches import Batches
 from pjpo.data.examples import Data, Example
 from pjpo.evals import held_out
 from pjpo.methods import dpo
@@ -54,6 +58,17 @@ def log(folder, step, metrics, write=runs.RunFolder.log):
     time.sleep(600 if str(step) == os.environ.get("TINY_RUN_HANGS_AT") else 0.02)
 
 
+def batch(self, index, read=Batches._batch):
+    """A batch, with the rows that were read for it listed in a file of this process."""
+    rows = self._cut_window(index // self._window)[index % self._window][self._own]
+    path = Path(os.environ["TINY_RUN_READS"]) / f"{jax.process_index()}.json"
+    before = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*before, rows.tolist()]))
+    return read(self, index)
+
+
 if __name__ == "__main__":
     runs.RunFolder.log = log
+    if "TINY_RUN_READS" in os.environ:
+        Batches._batch = batch
     launch(EXPERIMENT)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import tqdm
 
+from pjpo import distributed
 from pjpo.data.encode import CutCompletion, CutPrompt, Limits, encode
 from pjpo.data.examples import Data, Example, Tally, hold_out
 from pjpo.data.rows import Row, Skip
@@ -66,7 +67,7 @@ class Prompts:
         limits = self.limits
         tally.counts["rows"] = min(len(source), self.num_rows or len(source))
         for index in tqdm.tqdm(
-            range(tally.counts["rows"]), desc=f"reading {path}", unit="row", disable=None, leave=False
+            range(tally.counts["rows"]), desc=f"reading {path}", unit="row", disable=distributed.quiet(), leave=False
         ):
             row, place = source[index], source.place(index)
             try:

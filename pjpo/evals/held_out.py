@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from pjpo import sharding
+from pjpo import distributed, sharding
 from pjpo.data.batches import in_order
 from pjpo.evals.result import Result
 
@@ -40,7 +40,7 @@ class Config:
 
         def evaluate(params, ref_params, *, title: str = "evaluating") -> Result:
             parts = [
-                jax.device_get(measure(params, ref_params, context.prepare(batch)))
+                distributed.fetch(measure(params, ref_params, context.prepare(batch)))
                 for batch in in_order(data.held_out, self.batch_size, context.buckets)
             ]
             total = jax.tree.map(lambda *x: np.sum(x, axis=0), *parts)

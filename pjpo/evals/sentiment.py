@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from pjpo import rollouts
+from pjpo import distributed, rollouts
 from pjpo.data import reviews
 from pjpo.evals.result import Result
 from pjpo.rewards import vader
@@ -105,7 +105,7 @@ class Evaluation:
         size = min(self.config.batch_size, num_rows)
         rows = np.arange(-(-num_rows // size) * size).clip(max=num_rows - 1).reshape(-1, size)
         parts = [self.policy.logps(params, jax.tree.map(lambda x, part=part: x[part], batch)) for part in rows]
-        return np.concatenate(jax.device_get(parts))[:num_rows]
+        return np.concatenate(distributed.fetch(parts))[:num_rows]
 
 
 def best_of(rewards: Mapping[str, Float[np.ndarray, "B N"]], nums: Sequence[int] = (1, 2, 4)) -> dict[str, float]:

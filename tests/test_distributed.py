@@ -1,0 +1,339 @@
+"""Several processes on this machine, with one or more CPU devices each: the numbers, files and words of one."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from pjpo import distributed, runs
+from tests.models import tiny_llama
+from tests.test_experiment import Program
+from tests.test_step import METRICS_BOUND, PARAMS_BOUND
+
+SHORT = ["--loop.num-steps=20", "--loop.evaluate-every-steps=8", "--batch-size=8"]
+LIMIT = 240  # seconds; a process that is still there is killed
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Hosts(Program):
+    """A run of `tiny_run` by several processes, to be started again with any number of them."""
+
+    def processes(self, count, *arguments, devices=1, each=lambda number: []):
+        """Started, `devices` in each; `each` gives further arguments for one."""
+        port = free_port()
+        self.environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        if count == 1:
+            return [self.start(*arguments, *each(0))]
+        meeting = [f"--distributed.coordinator=localhost:{port}", f"--distributed.num-processes={count}"]
+        meeting += ["--distributed.heartbeat-timeout-seconds=10"]
+        return [
+            self.start(*arguments, *meeting, f"--distributed.process-id={number}", *each(number))
+            for number in range(count)
+        ]
+
+    def end(self, processes, limit=LIMIT):
+        """[(exit status, stdout, stderr)] of each; whatever happens, none of them is left."""
+        deadline, ended = time.monotonic() + limit, []
+        try:
+            for process in processes:
+                out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
+                ended.append((process.returncode, out, err))
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        return ended
+
+    def run(self, count, *arguments, **settings):
+        """To its end."""
+        ended = self.end(self.processes(count, *arguments, **settings))
+        for status, _, err in ended:
+            assert status == 0, err
+        return ended
+
+    def begin_run(self, count, *arguments, **settings):
+        return self.run(count, "--model.source", self.model, *arguments, **settings)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, model, cache):
+    """The run of one process."""
+    hosts = Hosts(tmp_path_factory.mktemp("one"), model, cache)
+    hosts.begin_run(1, *SHORT)
+    return hosts
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, model, cache):
+    """The run of two, with what they printed and the rows that each read."""
+    hosts = Hosts(tmp_path_factory.mktemp("two"), model, cache)
+    reads = tmp_path_factory.mktemp("reads")
+    hosts.environment["TINY_RUN_READS"] = str(reads)
+    hosts.ended = hosts.begin_run(2, *SHORT)
+    hosts.reads = [json.loads(path.read_text()) for path in sorted(reads.iterdir())]
+    return hosts
+
+
+def last_state(hosts, step=20):
+    """Arrays of the last checkpoint, as one process restores it."""
+    bits, extra = hosts.bits(step)
+    return {name: np.frombuffer(content, np.float32) for name, content in bits.items() if "params" in name}, extra
+
+
+def assert_same_run(found, expected, step=20):
+    """Line by line, and the last checkpoint: same numbers within the bound that meshes are held to."""
+    assert len(found.lines) == len(expected.lines)
+    for row, other in zip(found.lines, expected.lines, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in other.items():
+            if "accuracies" in name and row["step"] <= 1:
+                continue  # before the first update margins are 0 but for rounding, which decides what is above
+            assert row[name] == pytest.approx(value, rel=METRICS_BOUND, abs=METRICS_BOUND), (name, row["step"])
+    (params, extra), (others, other_extra) = last_state(found, step), last_state(expected, step)
+    assert params.keys() == others.keys() != set()
+    for name, values in others.items():
+        np.testing.assert_allclose(params[name], values, rtol=0, atol=PARAMS_BOUND, err_msg=name)
+    assert extra == other_extra
+
+
+def test_two_processes_train_to_the_numbers_of_one(one, two):
+    assert [row["step"] for row in two.lines if "loss" in row] == list(range(1, 21))
+    assert_same_run(two, one)
+
+
+def test_they_read_disjoint_rows_that_are_together_those_of_one(two):
+    first, second = two.reads
+    assert len(first) == len(second) >= 20
+    seen = []
+    for own, other in zip(first, second, strict=True):
+        assert len(own) == len(other) == 4
+        assert set(own).isdisjoint(other)
+        seen += [*own, *other]
+    assert len(set(seen[:32])) == 32  # the first epoch: every pair once
+
+
+def test_one_of_them_writes_and_speaks(two):
+    (_, out, _), (_, silent, _) = two.ended
+    assert f"run: {two.folder}" in out
+    assert f"report: {two.folder / 'report.html'}" in out
+    assert [line for line in silent.splitlines() if "Gloo" not in line] == []
+    files = sorted(path.name.split(".out.")[0] for path in two.folder.iterdir())
+    assert files == [
+        "checkpoints",
+        "config.json",
+        "events",
+        "metrics.jsonl",
+        "report.html",
+        "samples.jsonl",
+        "summary.json",
+    ]
+    steps = [row["step"] for row in two.lines if "loss" in row]
+    assert steps == sorted(set(steps))
+    run = runs.read(two.folder)
+    assert run.about["processes"] == 2
+    assert {name for name in run.summary if name.startswith("eval/")} != set()
+
+
+def refused(hosts, *arguments, **settings):
+    ended = hosts.end(hosts.processes(2, "--model.source", hosts.model, *SHORT, *arguments, **settings))
+    for status, _, err in ended:
+        assert status == 1, err
+        assert "Traceback" not in err
+    return [err for _, _, err in ended]
+
+
+def test_processes_that_disagree_on_the_config_are_refused(tmp_path, model, cache):
+    hosts = Hosts(tmp_path / "runs", model, cache)
+    for err in refused(hosts, each=lambda number: [f"--method.beta=0.{number + 1}"]):
+        assert "the processes disagree on the config: method.beta is 0.1 in process 0 and 0.2 in 1. Start all" in err
+    assert not hosts.root.exists()
+
+
+def test_nobody_can_be_met_without_saying_where(tmp_path, model):
+    hosts = Hosts(tmp_path / "runs", model)
+    ((status, _, err),) = hosts.end([hosts.begin("--distributed")])
+    assert status == 1
+    assert "no cluster was detected (SLURM, " in err
+    assert "give --distributed.coordinator=host:port" in err
+    assert "Traceback" not in err
+
+
+def test_a_coordinator_that_cannot_be_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        place = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(OSError, match=r"process 0 cannot listen at port \d+ \(Address already in use\)"):
+            distributed.start(distributed.Config(coordinator=place, num_processes=2, process_id=0))
+    settings = distributed.Config(coordinator=place, num_processes=2, process_id=1, start_timeout_seconds=1)
+    with pytest.raises(OSError, match=f"nobody answers at {place} after 1 s .* is process 0 started there"):
+        distributed.start(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_processes": 0}, "num_processes must be at least 1, got 0"),
+        ({"heartbeat_timeout_seconds": 0}, "heartbeat_timeout_seconds must be at least 1, got 0"),
+        ({"num_processes": 2, "process_id": 2}, "process_id must be 0 to 1, got 2"),
+        ({"process_id": -1}, "process_id must be 0 or more, got -1"),
+        ({"coordinator": "localhost"}, "coordinator must be host:port, got 'localhost'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"distributed: {message}"):
+        distributed.Config(**settings)
+
+
+def test_every_difference_is_named_with_its_process(monkeypatch):
+    told = [{"a": 1, "b": "x"}, {"a": 1, "b": "x"}, {"a": 2, "b": "x", "c": None}]
+    monkeypatch.setattr(distributed, "gather", lambda value: told)
+    with pytest.raises(ValueError, match="disagree on the config: a is 1 in process 0 and 2 in 2; c is 'absent' in"):
+        distributed.agree("config", told[0])
+    monkeypatch.setattr(distributed, "gather", lambda value: told[:2])
+    distributed.agree("config", told[0])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_answers_for_all_or_fails_for_all(monkeypatch, process):
+    def others_hear(value):  # what process 0 says, as JSON brings it
+        return [json.loads(json.dumps(value if process == 0 else said))]
+
+    def refuse():
+        raise FileNotFoundError("no run there")
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(distributed, "gather", others_hear)
+    said = [[3, [4]], None]
+    assert distributed.from_first(lambda: [3, [4]] if process == 0 else pytest.fail("asked")) == [3, [4]]
+    said = [None, "no run there"]
+    expected = FileNotFoundError if process == 0 else ValueError
+    with pytest.raises(expected, match="^no run there" if process == 0 else "^process 0 says: no run there"):
+        distributed.from_first(refuse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo_glass", "sft_reviews"])
+def test_experiments_run_from_end_to_end(tmp_path, name):
+    """Sampling pairs, evaluations, the judge: whatever a run does, two processes do it together."""
+    two, one = Hosts(tmp_path / "two", None), Hosts(tmp_path / "one", None)
+    for hosts, count in ((two, 2), (one, 1)):
+        hosts.module = f"experiments.{name}"
+        hosts.run(count, "--smoke")
+    assert len(two.lines) == len(one.lines)
+    for row, other in zip(two.lines, one.lines, strict=True):
+        for metric in set(other) & {"loss", "eval/loss", "eval/kl", "logps/chosen"}:
+            assert row[metric] == pytest.approx(other[metric], rel=1e-3, abs=1e-3), (metric, row["step"])
+    assert runs.read(two.folder).summary.keys() == runs.read(one.folder).summary.keys()
+    assert len(runs.read(two.folder).samples) == len(runs.read(one.folder).samples)
+
+
+@pytest.mark.slow
+def test_four_processes_train_to_the_numbers_of_one(tmp_path, one):
+    hosts = Hosts(tmp_path, one.model)
+    hosts.begin_run(4, *SHORT, "--num-microbatches=1")
+    alone = Hosts(tmp_path / "alone", one.model)
+    alone.begin_run(1, *SHORT, "--num-microbatches=1")
+    assert_same_run(hosts, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["--mesh.fsdp=2", "--mesh.model=4"])
+def test_parts_of_the_weights_in_several_processes(tmp_path, one, mesh):
+    """With model=4 over two processes both hold every row."""
+    hosts = Hosts(tmp_path, one.model)
+    hosts.begin_run(2, *SHORT, mesh, devices=2)
+    assert_same_run(hosts, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["stored"])
+def test_reference_log_probs_are_stored_once(tmp_path, one, reference):
+    alone, hosts = Hosts(tmp_path / "alone", one.model), Hosts(tmp_path / "two", one.model)
+    alone.begin_run(1, *SHORT, f"--reference={reference}")
+    hosts.begin_run(2, *SHORT, f"--reference={reference}")
+    assert_same_run(hosts, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4)])
+def test_one_is_killed_and_another_number_goes_on(tmp_path, one, victim, before, after):
+    hosts = Hosts(tmp_path, one.model)
+    settings = [argument for argument in SHORT if "num-steps" not in argument] + ["--num-microbatches=1"]
+    processes = hosts.processes(before, "--model.source", one.model, *settings, "--loop.num-steps=60")
+    hosts.wait_for(25, processes[0])
+    processes[victim].kill()
+    started = time.monotonic()
+    ended = hosts.end(processes)
+    assert time.monotonic() - started < 60  # seconds: heartbeats stop for ten, and then some
+    status, _, err = ended[1 - victim]
+    assert status != 0
+    assert re.search("another one ended|another task died", err)
+    good = [int(path.name) for path in (hosts.folder / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert max(good) >= 14
+    out = hosts.run(after, "--resume", hosts.folder)[0][1]
+    assert re.search(r"going on from step \d+ of 60", out)
+    alone = Hosts(tmp_path / "alone", one.model)
+    alone.begin_run(1, *settings, "--loop.num-steps=60")
+    assert_same_run(hosts, alone, step=60)
+
+
+@pytest.mark.slow
+def test_one_that_does_not_answer_is_dead(tmp_path, one):
+    """A machine that hangs closes no connection; its heartbeats stop."""
+    hosts = Hosts(tmp_path, one.model)
+    processes = hosts.processes(2, "--model.source", one.model, "--batch-size=8")
+    hosts.wait_for(10, processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    (ended,) = hosts.end(processes[:1])
+    processes[1].kill()
+    processes[1].communicate()
+    assert time.monotonic() - started < 60
+    assert ended[0] != 0
+    assert "another task died" in ended[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_with_everything_saved(tmp_path, one, asked, how):
+    hosts = Hosts(tmp_path, one.model)
+    processes = hosts.processes(2, "--model.source", one.model, *SHORT[1:], "--loop.num-steps=60")
+    hosts.wait_for(10, processes[0])
+    processes[asked].send_signal(how)
+    ended = hosts.end(processes)
+    assert [status for status, _, _ in ended] == [1, 1]
+    step = int(re.search(r"stopped after step (\d+) of 60", ended[0][2])[1])
+    assert (hosts.folder / "checkpoints" / str(step)).is_dir()
+    assert "Go on with: python -m experiments.tests.tiny_run --resume" in ended[0][2]
+    assert "stopped after" not in ended[1][2]
+    assert "Traceback" not in ended[0][2] + ended[1][2]
+    hosts.run(1, "--resume", hosts.folder)
+    alone = Hosts(tmp_path / "alone", one.model)
+    alone.begin_run(1, *SHORT[1:], "--loop.num-steps=60")
+    assert_same_run(hosts, alone, step=60)
