@@ -113,6 +113,9 @@ def started(config: Config | None) -> Iterator[None]:
 
     Processes leave together. One that an exception ends waits for the others, but only for a moment: they may never
     come, as they wait for it, and learn from its end that they must stop too.
+
+    Raises:
+        Lost: another process ended.
     """
     if config is None:
         yield
@@ -120,10 +123,12 @@ def started(config: Config | None) -> Iterator[None]:
     try:
         start(config)
         yield
-    except BaseException:
+    except BaseException as error:
         hurry = threading.Timer(PATIENCE, os._exit, [1])
         hurry.daemon = True
         hurry.start()
+        if is_loss(error):
+            raise Lost(about_loss(error)) from None
         raise
 
 
@@ -132,9 +137,10 @@ class Lost(Exception):
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error that JAX reports is how one process sees the end of another."""
+    """Whether an error is how JAX in one process sees the end of another."""
     signs = ("gloo", "nccl", "closed by peer", "connection reset", "heartbeat", "unavailable")
-    return _count() > 1 and any(sign in str(error).lower() for sign in signs)
+    said = str(error).lower()
+    return _count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and any(sign in said for sign in signs)
 
 
 def about_loss(error: BaseException) -> str:

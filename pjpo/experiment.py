@@ -116,7 +116,7 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     except KeyboardInterrupt:
         about = "stopped at once; updates after the last checkpoint will be repeated"
         raise train.Stopped(f"{about}\n{_how_to_go_on(name, folder)}") from None
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if not distributed.is_loss(error):
             raise
         raise distributed.Lost(f"{distributed.about_loss(error)}\n{_how_to_go_on(name, folder)}") from None
