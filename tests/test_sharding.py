@@ -140,6 +140,7 @@ def mesh_of(processes):
     return types.SimpleNamespace(devices=np.array(devices).reshape(np.shape(processes)), shape=sizes)
 
 
+@pytest.mark.usefixtures("unchecked")  # it only looks like a mesh
 @pytest.mark.parametrize(
     ("processes", "expected"),
     [
@@ -155,6 +156,7 @@ def test_shares_of_processes(processes, expected):
     assert [sharding.share(mesh, process) for process in range(len(expected))] == expected
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("processes", [[[[0]], [[0]], [[0]], [[1]]], [[[0, 0]], [[0, 1]], [[1, 1]]]])
 def test_shares_that_differ_in_size_or_overlap_are_refused(processes):
     with pytest.raises(ValueError, match=r"mesh data=\d, fsdp=1, model=\d cuts a batch across processes"):

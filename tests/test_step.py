@@ -27,7 +27,7 @@ SCHEDULE = optim.make_schedule(OPTIMIZER, NUM_STEPS)
 # measured as at most 8e-6 in any metric (gradient norms near 10 among them) and 3e-7 in any parameter, of which another
 # seed of the start moves some by 3. AdamW lets no error grow here, as clipping keeps its steps below the learning rate.
 METRICS_BOUND, PARAMS_BOUND = 2e-5, 3e-6
-ADAPTERS = {"reference": "adapter", "lora": lora.Config(rank=2), "num_layers": 1}
+ADAPTERS = {"reference": "adapter", "lora": lora.Config(rank=2, alpha=2.0), "num_layers": 1}
 
 
 def one_device():
@@ -51,6 +51,7 @@ def setup(mesh, reference="online", loss=dpo.loss, method=METHOD, num_microbatch
 def trajectory(mesh, num_steps=NUM_STEPS, change=lambda batch: batch, **settings):
     """Metrics of every step, [steps] each, and the parameters after them as NumPy arrays."""
     _, state, ref_params, update = setup(mesh, **settings)
+    update = jax.jit(update.jitted, donate_argnums=0, compiler_options=tiny.QUICK)
     logged = []
     for step in range(num_steps):
         state, metrics = update(state, ref_params, sharding.place_batch(change(make_batch(step)), mesh))
