@@ -86,12 +86,17 @@ def test_twenty_steps_agree_on_every_mesh(alone, name):
     assert_same_trajectory(trajectory(make_mesh(name)), alone)
 
 
-@pytest.mark.parametrize("name", MESHES)
+ALL_AXES = ("4x2x1", "2x2x2")  # which between them cut along every axis; the others are of the same kind, and slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALL_AXES else pytest.mark.slow) for n in MESHES])
 def test_twenty_steps_of_adapters_agree_on_every_mesh(adapted, name):
     assert_same_trajectory(trajectory(make_mesh(name), **ADAPTERS), adapted)
 
 
-@pytest.mark.parametrize("order", [[7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 6, 5, 1, 7, 2, 4]])
+@pytest.mark.parametrize(
+    "order", [pytest.param([7, 6, 5, 4, 3, 2, 1, 0], marks=pytest.mark.slow), [3, 0, 6, 5, 1, 7, 2, 4]]
+)
 def test_twenty_steps_agree_on_devices_in_any_order(adapted, order):
     devices = [jax.devices()[place] for place in order]
     assert_same_trajectory(trajectory(make_mesh("2x2x2", devices), **ADAPTERS), adapted)
