@@ -1,8 +1,9 @@
 """Every matrix product of the models goes through here: float32 exactly, bfloat16 with float32 accumulation.
 
-On GPU and TPU these are the ordinary products. XLA's CPU backend needs care in bfloat16: it reaches the processor's
-matrix unit only when a product takes bfloat16 to float32 and no transposition is folded into an operand, so there the
-weight gradient transposes its left operand into a real array first.
+On GPU and TPU these are the ordinary products. XLA's CPU backend needs care. It transposes an operand in memory first
+where several axes are contracted, so there they are merged into one. In bfloat16 it reaches the processor's matrix unit
+only when a product takes bfloat16 to float32 and no transposition is folded into an operand, so there the weight
+gradient transposes its left operand into a real array first.
 """
 
 import functools
@@ -23,7 +24,8 @@ def contract_rows(a: Array, b: Array) -> Array:
     """a [*rows, A] and b [*rows, *B] -> sum over rows of their outer products [A, *B], float32: a weight's gradient."""
     rows = tuple(range(a.ndim - 1))
     plain = functools.partial(dot, axes_a=rows, axes_b=rows)
-    return lax.platform_dependent(a, b, cpu=_contract_transposed if a.dtype == jnp.bfloat16 else plain, default=plain)
+    on_cpu = _contract_transposed if a.dtype == jnp.bfloat16 else _contract_merged
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
 
 
 def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
@@ -55,9 +57,9 @@ def _product_forward(x, kernel):
 def _product_backward(residuals, cotangent):
     x, kernel = residuals
     cotangent = cotangent.astype(x.dtype)
-    out = tuple(range(1, kernel.ndim))
-    dx = dot(cotangent, kernel.astype(x.dtype), tuple(range(x.ndim - 1, cotangent.ndim)), out).astype(x.dtype)
-    return dx, contract_rows(x, cotangent).astype(kernel.dtype)
+    plain = functools.partial(dot, axes_a=tuple(range(x.ndim - 1, cotangent.ndim)), axes_b=tuple(range(1, kernel.ndim)))
+    dx = lax.platform_dependent(cotangent, kernel.astype(x.dtype), cpu=_dot_merged, default=plain)
+    return dx.astype(x.dtype), contract_rows(x, cotangent).astype(kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -65,6 +67,17 @@ product.defvjp(_product_forward, _product_backward)
 
 def _wide(a: Array) -> jnp.dtype:
     return jnp.promote_types(a.dtype, jnp.float32)
+
+
+def _dot_merged(a: Array, b: Array) -> Array:
+    """a [*rows, *out] times b [D, *out] -> [*rows, D]."""
+    rows = a.shape[: a.ndim - b.ndim + 1]
+    return dot(a.reshape(*rows, -1), b.reshape(len(b), -1), (len(rows),), (1,))
+
+
+def _contract_merged(a: Array, b: Array) -> Array:
+    out, a = b.shape[a.ndim - 1 :], a.reshape(-1, a.shape[-1])
+    return dot(a, b.reshape(len(a), -1), (0,), (0,)).reshape(a.shape[1], *out)
 
 
 def _contract_transposed(a: Array, b: Array) -> Array:
