@@ -5,6 +5,7 @@ from setuptools import find_namespace_packages, setup
 CORE = [
     "jax>=0.10",  # arrays, gradients, compilation; 0.10 is the newest line for Python 3.11
     "numpy>=2.0",  # arrays on the host: data, rewards, reports
+    "scipy>=1.14",  # minimisers, linear programs and t-intervals of experiments/claims; jax brings it anyway
     "flax>=0.12",  # Linen modules: the decoder
     "optax>=0.2.8",  # optimizers and schedules
     "orbax-checkpoint>=0.12",  # asynchronous checkpoints, restored onto any mesh
@@ -50,7 +51,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["pjpo", "pjpo.*", "experiments"]),
+    packages=find_namespace_packages(include=["pjpo", "pjpo.*", "experiments", "experiments.*"]),
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -38,6 +38,7 @@ class Model:
     remat: bool = False  # recompute layers in the backward pass, to save memory
     attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU
     lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
+    scalar_head: bool = False  # for reward models and critics; starts at zero
 
     def made(self, root: Path, say: Callable[[str], None]) -> Model:
         """The model as something that can be loaded; one that has to be made first, below `root`, overrides this."""
@@ -147,6 +148,11 @@ def recall(value: Any, described: Any) -> Any:
     return tuple(described) if isinstance(described, list) else described
 
 
+def completed(method: Any, batch: Batch) -> Batch:
+    """A batch on the host with what a method adds to it by its config's `prepare`, if it has one (KTO does)."""
+    return method.prepare(batch) if hasattr(method, "prepare") else batch
+
+
 def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Settings that do not fit each other.
 
@@ -213,7 +219,7 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
         key=data_key,
         mesh=mesh,
         say=say,
-        prepare=lambda batch: sharding.place_batch(reference_model.attach(batch), mesh),
+        prepare=lambda batch: sharding.place_batch(reference_model.attach(completed(experiment.method, batch)), mesh),
     )
     # A run that goes on trains on what it began with.
     kept = resumed / PAIRS if resumed else None
@@ -245,7 +251,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
 
     def prepare(share: Batch) -> Batch:
-        share = reference_model.attach(share, mesh)
+        share = reference_model.attach(completed(experiment.method, share), mesh)
         if experiment.pack:
             share = packing.pack(share, num_groups=num_groups // count, largest=distributed.largest)
         return sharding.place_share(share, mesh)
@@ -358,5 +364,7 @@ class _Evaluation:
         if number == 0:
             self.folder.summary({f"start/{name}": value for name, value in result.metrics.items()} | result.best_of)
         if number == self.last_step:
-            self.folder.summary(metrics)
+            self.folder.summary(metrics | result.words)
+            for finding, sentence in result.words.items():
+                self.parts.context.say(f"{finding}: {sentence}")
         return metrics

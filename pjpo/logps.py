@@ -25,7 +25,7 @@ def sum_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) ->
 
 def mean_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) -> Float[Array, "B N"]:
     """Mean over the tokens of each completion where `mask` is true; 0 for an empty completion."""
-    return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1)
+    return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1).astype(values.dtype)
 
 
 def soft_cap(logits: Float[Array, "*rows V"], cap: float | None) -> Float[Array, "*rows V"]:

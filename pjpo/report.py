@@ -33,6 +33,11 @@ PANELS = (  # title, what the vertical axis shows, metrics (the last part of the
     ("Speed", "tokens per second", ("*tokens_per_second",)),
     ("Tokens seen", "prompts and completions", ("num_tokens",)),
 )
+HELD_OUT_PANELS = (
+    ("Rankings", "share of pairs", ("eval/ranking/accuracy", "eval/ranking/idealised_median", "eval/ranking/flipped")),
+    ("Moved from the reference", "nats per completion", ("eval/logps/chosen_change", "eval/logps/rejected_change")),
+    ("Length", "share of pairs", ("eval/length/longer_chosen", "eval/length/longer_rewarded")),
+)
 UNITS = {  # of metrics that stand alone
     "kl": "nats per completion",
     "entropy": "nats per token",
@@ -84,21 +89,24 @@ summary { cursor: pointer }
 
 def learning_curves(run: runs.Run) -> Figure | None:
     """What was logged while training, over steps; diamonds are the same on held-out data. None without metrics."""
-    own = [name for name in run.metrics if not name.startswith("eval/")]
-    panels = []
-    for title, unit, patterns in PANELS:
-        names = [name for pattern in patterns for name in own if fnmatch.fnmatchcase(name, pattern)]
-        if names:
-            panels.append((title, unit, names))
-        own = [name for name in own if name not in names]
-    panels += [(name, _unit(name), [name]) for name in own if not name.endswith("_stderr")]
-    return _grid(run, panels)
+    return _grid(run, _grouped([name for name in run.metrics if not name.startswith("eval/")], PANELS))
 
 
 def evaluation_curves(run: runs.Run) -> Figure | None:
     """What was measured on held-out data alone, over steps; bands are one standard error. None without any."""
     names = [name for name in run.metrics if name.startswith("eval/") and name.removeprefix("eval/") not in run.metrics]
-    return _grid(run, [(name, _unit(name), [name]) for name in names if not name.endswith("_stderr")])
+    return _grid(run, _grouped(names, HELD_OUT_PANELS))
+
+
+def _grouped(names: Sequence[str], panels: Sequence[tuple]) -> list[tuple[str, str, list[str]]]:
+    """Those of the panels that have something to show, then one panel for each name that is in none of them."""
+    rest, grouped = list(names), []
+    for title, unit, patterns in panels:
+        found = [name for pattern in patterns for name in rest if fnmatch.fnmatchcase(name, pattern)]
+        if found:
+            grouped.append((title, unit, found))
+        rest = [name for name in rest if name not in found]
+    return grouped + [(name, _unit(name), [name]) for name in rest if not name.endswith("_stderr")]
 
 
 def frontier(*several: runs.Run, rewards: Sequence[str] = ("reward_vader", "reward_judge")) -> Figure | None:

@@ -1,8 +1,14 @@
-"""Where a method's loss, the policy, an Optax optimizer and the mesh meet: one jitted update."""
+"""Where a method's loss, the policy, an Optax optimizer and the mesh meet: one jitted update.
+
+A loss says by its signature what it reads of the policy: `logps`, unless annotated as None, and, by the names of its
+further arguments, other functions of the policy, such as `scores`. A method whose rows depend on each other through the
+batch (a reference point, a mean over its tokens) says so by a property `whole_batch` of its config.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -67,6 +73,19 @@ def reference_logps(policy, reference: Reference, params: dict, ref_params: dict
     )
 
 
+def outputs_of(loss: Callable, policy, params: dict, batch: Batch) -> dict[str, Array]:
+    """What a loss reads of the policy, by name; each is the policy's function of that name."""
+    arguments = list(inspect.signature(loss).parameters.values())
+    names = ["logps"] * (arguments[2].annotation is not None) + [argument.name for argument in arguments[4:]]
+    return {name: getattr(policy, name)(params, batch) for name in names}
+
+
+def apply(loss: Callable, method: Any, batch: Batch, outputs: dict[str, Array], ref_logps: Array | None):
+    """The loss of what `outputs_of` computed: (Mean, metrics)."""
+    others = {name: value for name, value in outputs.items() if name != "logps"}
+    return loss(method, batch, outputs.get("logps"), ref_logps, **others)
+
+
 def make_update(
     loss: Callable,
     method: Any,
@@ -88,7 +107,8 @@ def make_update(
         mesh: from `pjpo.sharding`; state and batch must lie on it.
         reference: where reference log-probs come from, see `reference_logps`; `ref_params` is None but for "online".
         schedule: to log the learning rate.
-        num_microbatches: parts the batch is cut into; their gradients add up in a scan to those of the whole.
+        num_microbatches: parts the batch is cut into; their gradients add up in a scan to those of the whole. Where
+            rows depend on each other, another forward pass over all parts comes first.
 
     Raises:
         ValueError: an unknown reference, fewer than one microbatch; from `update`, a batch without what it needs.
@@ -98,29 +118,47 @@ def make_update(
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
 
-    def objective(trainable, frozen, ref_params, batch):
-        params = trainable | frozen
-        ref_logps = reference_logps(policy, reference, params, ref_params, batch)
-        mean, metrics = loss(method, batch, policy.logps(params, batch), ref_logps)
+    def score(outputs, ref_logps, batch):  # a sum, with what to divide by
+        mean, metrics = apply(loss, method, batch, outputs, ref_logps)
         return mean.sum, (mean, metrics)
 
     def update(state: State, ref_params: dict | None, batch: Batch) -> tuple[State, dict[str, Mean]]:
         trainable, frozen = policy.trainable(state.params)
 
-        def gradient(microbatch):  # of a sum, with what to divide by
+        def forward(trainable, part):
+            return outputs_of(loss, policy, trainable | frozen, part)
+
+        def reference_of(part):
+            return reference_logps(policy, reference, state.params, ref_params, part)
+
+        def gradient(part):
             with layout.on(mesh):
-                grads, aux = jax.grad(objective, has_aux=True)(trainable, frozen, ref_params, microbatch)
-            return sharding.constrain(grads, mesh), aux
+                grads, about = jax.grad(lambda x: score(forward(x, part), reference_of(part), part), has_aux=True)(
+                    trainable
+                )
+            return sharding.constrain(grads, mesh), about
+
+        def gradient_of_whole(parts):
+            """The chain rule cut in two: what the loss reads of all parts, then each part's share of the gradient."""
+            with layout.on(mesh):
+                computed = jax.lax.map(lambda part: (forward(trainable, part), reference_of(part)), parts)
+            whole = _merge((*computed, dataclasses.replace(parts, packing=None)))
+            cotangents, about = jax.grad(score, has_aux=True)(*whole)
+
+            def pull_back(part_and_cotangents):
+                part, cotangents = part_and_cotangents
+                with layout.on(mesh):
+                    grads = jax.vjp(lambda x: forward(x, part), trainable)[1](cotangents)[0]
+                return sharding.constrain(grads, mesh)
+
+            return _add_up(pull_back, (parts, _cut(cotangents, num_microbatches))), about
 
         if num_microbatches == 1:
             grads, (mean, metrics) = gradient(batch)
+        elif getattr(method, "whole_batch", False):
+            grads, (mean, metrics) = gradient_of_whole(_split(batch, num_microbatches))
         else:
-            parts = _split(batch, num_microbatches)
-            first = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
-            (grads, (mean, metrics)), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
-            )
+            grads, (mean, metrics) = _add_up(gradient, _split(batch, num_microbatches))
         grads = jax.tree.map(lambda g, p: (g / jnp.maximum(mean.count, 1)).astype(p.dtype), grads, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         params = optax.apply_updates(trainable, updates) | frozen
@@ -148,6 +186,23 @@ def make_update(
     return checked
 
 
+def _add_up(function: Callable, parts: Any) -> Any:
+    """The sum of `function` over parts on axis 0, in float32 or wider."""
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)[0]
+
+
+def _merge(parts: Any) -> Any:
+    """[parts, B/parts, ...] -> [B, ...], one part after the other."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts)
+
+
+def _cut(whole: Any, parts: int) -> Any:
+    """The inverse of `_merge`."""
+    return jax.tree.map(lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), whole)
+
+
 def _split(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B/parts, ...], every parts-th group of prompts together, so that devices keep their rows."""
     groups = len(batch.packing.slots if batch.packing else batch.prompt_tokens)
@@ -158,6 +213,6 @@ def _split(batch: Batch, parts: int) -> Batch:
 
     def cut(x: Array) -> Array:
         rows = x.reshape(groups // parts, parts, len(x) // groups, *x.shape[1:])
-        return jnp.moveaxis(rows, 1, 0).reshape(parts, -1, *x.shape[1:])
+        return jnp.moveaxis(rows, 1, 0).reshape(parts, len(x) // parts, *x.shape[1:])
 
     return jax.tree.map(cut, batch)

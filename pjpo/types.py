@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-CHOSEN, REJECTED = 0, 1  # places on the N axis when a batch holds pairs
+CHOSEN, REJECTED, TARGET = 0, 1, 2  # places on the N axis when a batch holds pairs, and what to imitate beside them
 
 
 @jax.tree_util.register_dataclass

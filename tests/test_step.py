@@ -1,5 +1,6 @@
 """The update: the same numbers on every mesh and however the batch is cut, and those of a plain loop in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from pjpo import optim, sharding
-from pjpo.methods import dpo, sft
+from pjpo.methods import dpo, kto, sft
 from pjpo.models import lora
 from pjpo.packing import pack
 from pjpo.step import init_state, make_update, reference_logps
@@ -103,11 +104,13 @@ def test_twenty_steps_agree_on_devices_in_any_order(adapted, order):
 
 
 @functools.cache
-def short_trajectory(num_microbatches=1, num_groups=0, mesh=None):
+def short_trajectory(num_microbatches=1, num_groups=0, mesh=None, **settings):
     def change(batch):
+        labels = np.arange(batch.loss_mask[..., 0].size).reshape(batch.loss_mask.shape[:2]) % 3 == 0
+        batch = dataclasses.replace(batch, labels=labels)
         return pack(batch, num_groups=num_groups, prompt_step=1, completion_step=8) if num_groups else batch
 
-    settings = {"num_layers": 1, "num_microbatches": num_microbatches}
+    settings |= {"num_layers": 1, "num_microbatches": num_microbatches}
     return trajectory(make_mesh(mesh) if mesh else one_device(), num_steps=2, change=change, **settings)
 
 
@@ -118,6 +121,12 @@ def short_trajectory(num_microbatches=1, num_groups=0, mesh=None):
 def test_accumulated_gradients_are_those_of_the_whole_batch(num_microbatches, num_groups, mesh):
     # Rows are ragged and some are empty, so microbatches hold different counts: a mean of their means would be wrong.
     assert_same_trajectory(short_trajectory(num_microbatches, num_groups, mesh), short_trajectory())
+
+
+@pytest.mark.parametrize(("num_groups", "mesh"), [(0, None), (8, "2x2x2")])
+def test_a_loss_that_depends_on_its_batch_is_accumulated_exactly(num_groups, mesh):
+    settings = {"loss": kto.loss, "method": kto.Config(beta=0.5)}  # its reference point is a mean over the batch
+    assert_same_trajectory(short_trajectory(4, num_groups, mesh, **settings), short_trajectory(**settings))
 
 
 def plain_sums(config, params, batch):

@@ -16,6 +16,7 @@ class Result:
     metrics: dict[str, float]
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # rows of prompt, text, scores by name
     best_of: dict[str, float] = dataclasses.field(default_factory=dict)  # best-of-n from it: "best_of/4/kl", ...
+    words: dict[str, str] = dataclasses.field(default_factory=dict)  # findings by name, a sentence each
 
 
 def side_by_side(before: Sequence[Mapping], after: Sequence[Mapping], num_shown: int = 10) -> str:

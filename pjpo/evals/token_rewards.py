@@ -1,11 +1,21 @@
-"""Token-level implicit rewards, beta * (logps - ref_logps). Rafailov et al. 2024, arXiv:2404.12358, Eq. 12."""
+"""Token-level implicit rewards, beta * (logps - ref_logps). Rafailov et al. 2024, arXiv:2404.12358, Eq. 10 and 11.
+
+They are advantages: compare tokens of one place, not levels across prompts. Keep the end token, and score at
+temperature 1: the sum over a completion is its implicit reward only then.
+"""
 
 import numpy as np
+from jaxtyping import Float
 
 from pjpo.types import Batch
 
 
-def rows(beta: float, batch: Batch, logps, ref_logps, tokenizer, labels: tuple[str, ...]) -> list[dict]:
+def token_rewards(beta: float | int, logps, ref_logps, mask=True) -> Float[np.ndarray, "*shape"]:
+    """Of each token; 0 where `mask` is false."""
+    return np.where(mask, beta * (np.asarray(logps) - np.asarray(ref_logps)), 0)
+
+
+def rows(beta: float | int, batch: Batch, logps, ref_logps, tokenizer, labels: tuple[str, ...]) -> list[dict]:
     """Readable rows for a run's samples: each completion's tokens as text beside their rewards.
 
     Args:
@@ -15,7 +25,7 @@ def rows(beta: float, batch: Batch, logps, ref_logps, tokenizer, labels: tuple[s
         tokenizer: for the texts.
         labels: what the N completions are, such as ("chosen", "rejected").
     """
-    rewards = beta * (np.asarray(logps) - np.asarray(ref_logps))
+    rewards = token_rewards(beta, logps, ref_logps, batch.completion_mask)
     found = []
     for b, prompt in enumerate(batch.prompt_tokens):
         for n, label in enumerate(labels):

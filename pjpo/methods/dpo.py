@@ -6,9 +6,9 @@ import math
 import jax
 from jaxtyping import Array, Float
 
-from pjpo.logps import sum_completion
+from pjpo import pairs
 from pjpo.metrics import Mean
-from pjpo.types import CHOSEN, REJECTED, Batch
+from pjpo.types import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,17 +34,6 @@ def loss(
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
-    logratios = logps - jax.lax.stop_gradient(ref_logps)  # [B, 2, T]
-    rewards = config.beta * sum_completion(logratios, batch.loss_mask)  # [B, 2]; Eq. 7 sums
-    margins = rewards[:, CHOSEN] - rewards[:, REJECTED]  # [B]
-    sums = sum_completion(logps, batch.loss_mask)  # [B, 2]
-    pairs = batch.loss_mask.any((1, 2))  # [B]
-    metrics = {
-        "rewards/chosen": Mean.of(rewards[:, CHOSEN], pairs),
-        "rewards/rejected": Mean.of(rewards[:, REJECTED], pairs),
-        "rewards/margins": Mean.of(margins, pairs),
-        "rewards/accuracies": Mean.of(margins > 0, pairs),  # strict: a tie is no success
-        "logps/chosen": Mean.of(sums[:, CHOSEN], pairs),
-        "logps/rejected": Mean.of(sums[:, REJECTED], pairs),
-    }
-    return Mean.of(-jax.nn.log_sigmoid(margins), pairs), metrics
+    rewards = pairs.implicit_rewards(config.beta, batch, logps, ref_logps)  # [B, 2]; Eq. 7 sums over tokens
+    losses = -jax.nn.log_sigmoid(pairs.margins(rewards))  # [B]
+    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)

@@ -29,6 +29,7 @@ from pjpo.products import few_rows, product
 AXES = {
     ("embed", "table"): ("vocab", "embed"),
     ("head", "table"): ("vocab", "embed"),
+    ("scalar_head", "kernel"): ("embed",),
     ("qkv", "kernel"): ("embed", "kv_heads", "heads_of_kv", "head_dim"),
     ("qkv", "bias"): ("kv_heads", "heads_of_kv", "head_dim"),
     ("q_norm", "scale"): ("norm",),
@@ -95,6 +96,7 @@ class Config:
     attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU, see `pjpo.models.flash`
     head_block_numbers: int = 2**25  # logits that exist at once, see `pjpo.logps.token_logps`
     lora: lora.Config | None = None
+    scalar_head: bool = False  # a number beside the logits: a reward, or a critic's estimate
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
@@ -300,6 +302,8 @@ class Decoder(nn.Module):
             caches = tuple(each)
         if not c.tied_head:
             Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="head")()
+        if c.scalar_head and self.is_initializing():  # read in `pjpo.models.policy`; scores start at zero
+            self.variable("scalar_head", "kernel", jnp.zeros, (c.model_dim,), jnp.dtype(c.param_dtype))
         final_norm = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype), c.norm_plus_one, name="final_norm")
         return final_norm(x), caches
 

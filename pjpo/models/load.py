@@ -40,7 +40,7 @@ def load(
         dtype: of products and activations; weights at rest have the setting `param_dtype`, float32 unless given.
         mesh: devices to spread the parameters over; one device without it.
         key: draws the adapters, where the setting `lora` asks for them; jax.random.key(0) unless given.
-        settings: further fields of `decoder.Config`: scan_layers, remat, lora, ...
+        settings: further fields of `decoder.Config`: scan_layers, remat, lora, scalar_head, ...
 
     Returns:
         The policy, its parameters and its tokenizer.
@@ -63,10 +63,11 @@ def load(
     weights_only = {"params": abstract["params"]}
     shardings = None if mesh is None else sharding.shardings(weights_only, mesh)
     params = weights.to_params(checkpoint, config, weights_only, shardings)
-    if config.lora is not None:
-        draw = jax.jit(lambda key: policy.init(key)["lora"])  # the compiler drops the weights that nobody asks for
-        adapters = {"lora": draw(jax.random.key(0) if key is None else key)}
-        params |= adapters if mesh is None else sharding.place(adapters, mesh)
+    if names := [name for name in abstract if name != "params"]:  # adapters, a scalar head
+        # The compiler drops the weights that nobody asks for.
+        draw = jax.jit(lambda key: {name: policy.init(key)[name] for name in names})
+        added = draw(jax.random.key(0) if key is None else key)
+        params |= added if mesh is None else sharding.place(added, mesh)
     return policy, params, checkpoint.tokenizer
 
 

@@ -21,7 +21,7 @@ from pjpo.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Parameters are Flax variables: {"params": weights} and, with adapters, {"params": weights, "lora": adapters}.
+    """Parameters are Flax variables: {"params": weights}, with "lora" beside them for adapters, "scalar_head" for that.
 
     Adapters count only where they are passed in: the same weights without "lora" are the reference model.
     """
@@ -42,14 +42,53 @@ class Policy:
         Raises:
             ValueError: no prompt tokens to predict from, or more positions than the model has.
         """
+        self._check_width(batch)
+        with layout.on(layout.of(params)):
+            return _logps(self.config, params, batch)
+
+    def values(self, params: dict, batch: Batch) -> Float[Array, "B N T"]:
+        """The scalar head before each completion token is read, for critics; float32, 0 where there is no token.
+
+        Raises:
+            ValueError: no scalar head, no prompt tokens, or more positions than the model has.
+        """
+        self._check_width(batch)
+        with layout.on(layout.of(params)):
+            return _values(self.config, self._with_scalar_head(params), batch)
+
+    def scores(self, params: dict, batch: Batch) -> Float[Array, "B N"]:
+        """The scalar head after the last token of each completion, as a reward; float32, 0 for an empty completion.
+
+        Raises:
+            ValueError: as `values` does.
+        """
+        self._check_width(batch)
+        # One more place for each completion: the value before the token that would come next. Packing knows none.
+        mask, rest = jnp.asarray(batch.completion_mask), [(0, 0), (0, 0)]
+        longer = jnp.pad(mask, [*rest, (1, 0)], constant_values=True) & mask.any(-1, keepdims=True)
+        tokens = jnp.pad(batch.completion_tokens, [*rest, (0, 1)])
+        extended = Batch.of(
+            prompt_tokens=batch.prompt_tokens,
+            prompt_mask=batch.prompt_mask,
+            completion_tokens=tokens,
+            completion_mask=longer,
+        )
+        with layout.on(layout.of(params)):
+            values = _values(self.config, self._with_scalar_head(params), extended)  # [B, N, T+1]
+        return jnp.take_along_axis(values, mask.sum(-1, keepdims=True), axis=-1)[..., 0]
+
+    def _check_width(self, batch: Batch) -> None:
         width, length = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
         if width + length > self.config.max_positions:
             raise ValueError(
                 f"prompt width {width} + completion width {length} exceeds the model's {self.config.max_positions} "
                 "positions; shorten one of them"
             )
-        with layout.on(layout.of(params)):
-            return _logps(self.config, params, batch)
+
+    def _with_scalar_head(self, params: dict) -> dict:
+        if "scalar_head" not in params:
+            raise ValueError(f"the model has no scalar head, only {', '.join(params)}; set model.scalar_head")
+        return params
 
     def generate(
         self, params: dict, prompts: decoding.Prompts | tuple, key: Array, sampling: decoding.Sampling
@@ -69,28 +108,47 @@ class Policy:
             return decoding.generate(self, params, prompts, key, sampling)
 
     def trainable(self, params: dict) -> tuple[dict, dict]:
-        """(what the optimizer changes, what stays): the adapters and the rest where there are adapters."""
+        """(what the optimizer changes, what stays): where there are adapters, the weights stay."""
         if "lora" in params:
-            return {"lora": params["lora"]}, {"params": params["params"]}
+            return {name: tree for name, tree in params.items() if name != "params"}, {"params": params["params"]}
         return params, {}
 
     def without_adapters(self, params: dict) -> dict:
-        """The reference model's parameters: the same arrays, adapters left out."""
+        """The reference model's parameters: the same arrays, adapters and scalar head left out."""
         return {"params": params["params"]}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logps(config: Config, params: dict, batch: Batch) -> Array:
+    streams, hidden = _hidden(config, params, batch)
+    slots = streams.join(jnp.zeros_like(batch.prompt_tokens), batch.completion_tokens)
+    targets = streams.completions_of(streams.to_places(slots))
+    logps = _to_completions(
+        streams,
+        token_logps(hidden, head_table(config, params), targets, config.head_block_numbers, config.logit_softcap),
+    )
+    # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.
+    unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
+    return jnp.where(batch.completion_mask, jnp.where(unpredicted, jnp.nan, logps), 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values(config: Config, params: dict, batch: Batch) -> Array:
+    streams, hidden = _hidden(config, params, batch)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    values = jnp.einsum("gcd,d->gc", hidden.astype(wide), params["scalar_head"]["kernel"].astype(wide))
+    return jnp.where(batch.completion_mask, _to_completions(streams, values), 0)
+
+
+def _hidden(config: Config, params: dict, batch: Batch) -> tuple[Streams, Float[Array, "G C D"]]:
+    """The final hidden states that completion tokens are predicted from."""
     streams = Streams.of(batch)
     shared_prefix = flash.shared_prefix if config.attention == "flash" else attention.shared_prefix
     attend = Partial(shared_prefix, streams)
     hidden, _ = Decoder(config).apply(params, streams.tokens, streams.positions, attend, None)
-    slots = streams.join(jnp.zeros_like(batch.prompt_tokens), batch.completion_tokens)
-    targets = streams.completions_of(streams.to_places(slots))
-    hidden = streams.completions_of(hidden)
-    logps = token_logps(hidden, head_table(config, params), targets, config.head_block_numbers, config.logit_softcap)
-    everywhere = jnp.pad(logps, [(0, 0), (streams.tokens.shape[1] - logps.shape[1], 0)])
-    _, logps = streams.split(streams.to_slots(everywhere))
-    # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.
-    unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
-    return jnp.where(batch.completion_mask, jnp.where(unpredicted, jnp.nan, logps), 0)
+    return streams, streams.completions_of(hidden)
+
+
+def _to_completions(streams: Streams, values: Float[Array, "G C"]) -> Float[Array, "B N T"]:
+    everywhere = jnp.pad(values, [(0, 0), (streams.tokens.shape[1] - values.shape[1], 0)])
+    return streams.split(streams.to_slots(everywhere))[1]

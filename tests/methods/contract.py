@@ -1,8 +1,8 @@
 """What `test_contract.py` asks every method with: read off the signature of its loss, and what its test file adds.
 
-A loss annotates `ref_logps: None` where it has no reference, and `logps` as `[B 2 T]` where a row is a pair. Batches
-have every optional field filled. A method that needs more sets `CONTRACT = Contract(...)` in its own
-`tests/methods/test_<name>.py`.
+A loss annotates `ref_logps: None` where it has no reference, `logps: None` where it reads none, and `logps` as
+`[B 2 T]` where a row is a pair. Batches have every optional field filled. A method that needs more sets
+`CONTRACT = Contract(...)` in its own `tests/methods/test_<name>.py`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Example:
     """The arguments of a loss after its config: a batch, `logps`, `ref_logps` or None, and what else it takes."""
 
     batch: Batch
-    logps: np.ndarray
+    logps: np.ndarray | None
     ref_logps: np.ndarray | None
     others: dict
 
@@ -52,8 +52,9 @@ class Method:
             raise AssertionError(f"pjpo/methods/{name}.py has no tests/methods/test_{name}.py") from error
         self.contract = getattr(tests, "CONTRACT", Contract())
         annotations = {name: p.annotation for name, p in inspect.signature(self.loss).parameters.items()}
-        self.has_reference = annotations["ref_logps"] not in (None, type(None), "None")
-        axis = annotations["logps"].dim_str.split()[1]
+        self.reads_logps, self.has_reference = (annotations[x] is not None for x in ("logps", "ref_logps"))
+        first = annotations["logps"] if self.reads_logps else list(annotations.values())[4]
+        axis = first.dim_str.split()[1]
         self.shape = SHAPE[0], int(axis) if axis.isdigit() else SHAPE[1], SHAPE[2]
 
     @property
@@ -84,7 +85,7 @@ class Method:
         }
         batch = Batch.of(**fields | self.contract.fields(rng, shape))
         ref_logps = batch.ref_logps if self.has_reference else None
-        return Example(batch, logps, ref_logps, self.contract.arguments(rng, shape))
+        return Example(batch, logps if self.reads_logps else None, ref_logps, self.contract.arguments(rng, shape))
 
     def bad_values(self) -> list[tuple[str, Any]]:
         """(field, value) for every numeric field."""

@@ -6,10 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pjpo import sharding
 from pjpo.metrics import Mean
+from pjpo.step import init_state, make_update
 from tests.methods.contract import NAMES, SHAPE, Method
 
 ROUNDING = {"rtol": 2e-6, "atol": 1e-6}  # the same float32 terms, added in another order
@@ -31,16 +34,31 @@ def on_device(example):
 
 
 def outcome(method, config, arguments, jit=False):
-    """(loss and metrics as `Mean`s, gradient of the loss's sum by logps): what adds up over parts of a batch."""
+    """(loss and metrics as `Mean`s, gradient of the loss's sum by all that a policy computes)."""
 
-    def total(logps, batch, ref_logps, others):
-        mean, metrics = method.loss(config, batch, logps, ref_logps, **others)
+    def total(outputs, batch, ref_logps):
+        mean, metrics = method.loss(config, batch, outputs["logps"], ref_logps, **without_logps(outputs))
         return mean.sum, {"loss": mean, **metrics}
 
     batch, logps, ref_logps, others = arguments
     differentiate = jax.value_and_grad(total, has_aux=True)
-    (_, means), gradient = (jax.jit(differentiate) if jit else differentiate)(logps, batch, ref_logps, others)
+    outputs = {"logps": logps, **others}
+    (_, means), gradient = (jax.jit(differentiate) if jit else differentiate)(outputs, batch, ref_logps)
     return means, gradient
+
+
+def without_logps(outputs):
+    return {name: value for name, value in outputs.items() if name != "logps"}
+
+
+def of_tokens(tree, batch):
+    """The leaves with a number for each token; others may have one for each completion."""
+    return [leaf for leaf in jax.tree.leaves(tree) if leaf.shape == batch.loss_mask.shape]
+
+
+def depends_on_the_batch(config):
+    """Whether a row's loss depends on the other rows; see `pjpo.step`."""
+    return getattr(config, "whole_batch", False)
 
 
 def assert_same(found, expected):
@@ -57,7 +75,7 @@ def joined(outcomes):
     total = jax.tree.map(
         lambda *parts: functools.reduce(Mean.__add__, parts), *means, is_leaf=lambda x: isinstance(x, Mean)
     )
-    return total, jnp.concatenate(gradients)
+    return total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *gradients)
 
 
 def test_the_folder_has_methods():
@@ -68,7 +86,7 @@ def test_loss_and_metrics_are_means_of_float32(method):
     for config in method.configs:
         means, gradient = outcome(method, config, on_device(method.example()))
         assert all(isinstance(mean, Mean) for mean in means.values())
-        for leaf in (*jax.tree.leaves(means), gradient):
+        for leaf in jax.tree.leaves((means, gradient)):
             assert leaf.dtype == jnp.float32
         assert all(mean.sum.shape == mean.count.shape == () for mean in means.values())
         assert means["loss"].count > 0
@@ -83,7 +101,10 @@ def test_finite_at_extremes_and_with_empty_completions(method, where):
     whole = np.ones((1, 1, 1), bool)
 
     def sunk(values, at):
-        return None if values is None else np.where(example.batch.completion_mask & at, np.float32(-1e4), values)
+        if values is None:
+            return None
+        at = example.batch.completion_mask & at
+        return np.where(at if values.ndim == 3 else at.any(-1), np.float32(-1e4), values)
 
     at = {"first completions": first, "other completions": ~first, "everywhere": whole}.get(where, ~whole)
     batch = dataclasses.replace(example.batch, old_logps=sunk(example.batch.old_logps, whole & (where == "old")))
@@ -92,6 +113,7 @@ def test_finite_at_extremes_and_with_empty_completions(method, where):
         batch=batch,
         logps=sunk(example.logps, at),
         ref_logps=sunk(example.ref_logps, whole & (where == "reference")),
+        others={name: sunk(values, at) for name, values in example.others.items()},
     )
     for config in method.configs:
         for leaf in jax.tree.leaves(outcome(method, config, on_device(example))):
@@ -105,7 +127,8 @@ def test_nothing_to_score_is_a_mean_of_nothing(method):
     for config in method.configs:
         means, gradient = outcome(method, config, on_device(dataclasses.replace(example, batch=batch)))
         assert means["loss"].sum == means["loss"].count == 0
-        np.testing.assert_array_equal(gradient, 0)
+        for leaf in jax.tree.leaves(gradient):
+            np.testing.assert_array_equal(leaf, 0)
         for mean in means.values():
             assert mean.value() == 0
 
@@ -113,12 +136,17 @@ def test_nothing_to_score_is_a_mean_of_nothing(method):
 def test_masked_tokens_get_no_gradient_and_have_no_effect(method):
     example = method.example()
     batch, logps, ref_logps, others = on_device(example)
-    noise = jnp.where(batch.loss_mask, 0, -np.exp(np.random.default_rng(1).normal(size=logps.shape)).astype(np.float32))
-    other = batch, logps + noise, None if ref_logps is None else ref_logps + 2 * noise, others
+    noise = np.exp(np.random.default_rng(1).normal(size=batch.loss_mask.shape)).astype(np.float32)
+    noise = jnp.where(batch.loss_mask, 0, -noise)
+    logps_2, ref_logps_2, others_2 = jax.tree.map(
+        lambda x: x + noise if x.shape == noise.shape else x, (logps, ref_logps, others)
+    )
+    other = batch, logps_2, ref_logps_2, others_2
     for config in method.configs:
         means, gradient = outcome(method, config, (batch, logps, ref_logps, others))
-        np.testing.assert_array_equal(gradient[~batch.loss_mask], 0)
-        assert np.any(gradient[batch.loss_mask] != 0)
+        for leaf in of_tokens(gradient, batch):
+            np.testing.assert_array_equal(leaf[~batch.loss_mask], 0)
+        assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
         assert_same(outcome(method, config, other), (means, gradient))
 
 
@@ -153,10 +181,55 @@ def test_eight_devices_equal_one(method):
 @pytest.mark.parametrize("cuts", [range(1, 8), [4], [2, 4, 6], [1, 7], [3, 4]], ids=str)
 def test_microbatches_add_up_to_one_batch(method, cuts):
     arguments = on_device(method.example())
-    for config in method.configs:
+    for config in (config for config in method.configs if not depends_on_the_batch(config)):
         parts = zip([0, *cuts], [*cuts, SHAPE[0]], strict=True)
         found = joined([outcome(method, config, rows(arguments, slice(*part))) for part in parts])
         assert_same(found, outcome(method, config, arguments))
+
+
+def test_a_loss_that_depends_on_its_batch_says_so(method):
+    arguments = on_device(method.example())
+    for config in (config for config in method.configs if depends_on_the_batch(config)):
+        found = joined([outcome(method, config, rows(arguments, slice(i, i + 1))) for i in range(SHAPE[0])])
+        with pytest.raises(AssertionError):
+            assert_same(found[1], outcome(method, config, arguments)[1])
+
+
+class Lookup:
+    """A policy whose parameters are what it computes: one number for each token, or for each completion."""
+
+    def __init__(self, outputs):
+        for name, values in outputs.items():
+            setattr(self, name, functools.partial(self._read, name, values.ndim))
+
+    @staticmethod
+    def _read(name, ndim, params, batch):
+        return params[name][batch.completion_tokens if ndim == 3 else batch.completion_tokens[:, :, 0]]
+
+    def trainable(self, params):
+        return params, {}
+
+
+def test_an_update_is_the_same_in_any_number_of_microbatches(method):
+    batch, logps, ref_logps, others = on_device(method.example())
+    batch = dataclasses.replace(
+        batch, completion_tokens=jnp.arange(batch.loss_mask.size).reshape(batch.loss_mask.shape)
+    )
+    outputs = others if logps is None else {"logps": logps, **others}
+    policy, mesh, optimizer = Lookup(outputs), sharding.make_mesh(devices=jax.devices()[:1]), optax.sgd(1.0)
+    params = {
+        name: jnp.repeat(values.reshape(-1), batch.loss_mask.size // values.size) for name, values in outputs.items()
+    }
+    for config in method.configs:
+        results = []
+        for num_microbatches in (1, 2, 4, 8):
+            state = init_state(policy, params, optimizer, jax.random.key(0), mesh)
+            reference = "none" if ref_logps is None else "stored"
+            options = {"reference": reference, "num_microbatches": num_microbatches}
+            state, metrics = make_update(method.loss, config, policy, optimizer, mesh, **options)(state, None, batch)
+            results.append((jax.tree.map(jnp.subtract, state.params, params), metrics))
+        for result in results[1:]:
+            assert_same(result, results[0])
 
 
 def test_the_order_of_rows_changes_nothing(method):
@@ -164,7 +237,8 @@ def test_the_order_of_rows_changes_nothing(method):
     order = np.random.default_rng(0).permutation(SHAPE[0])
     for config in method.configs:
         means, gradient = outcome(method, config, arguments)
-        assert_same(outcome(method, config, rows(arguments, order)), (means, gradient[order]))
+        expected = means, jax.tree.map(lambda x: x[order], gradient)
+        assert_same(outcome(method, config, rows(arguments, order)), expected)
 
 
 def test_every_field_has_an_effect(method):
@@ -172,7 +246,8 @@ def test_every_field_has_an_effect(method):
     means, gradient = outcome(method, method.Config(), arguments)
     for field, config in method.nudged():
         other_means, other_gradient = outcome(method, config, arguments)
-        changed = means["loss"].value() != other_means["loss"].value() or jnp.any(gradient != other_gradient)
+        leaves = zip(*map(jax.tree.leaves, (gradient, other_gradient)), strict=True)
+        changed = means["loss"].value() != other_means["loss"].value() or any(jnp.any(x != y) for x, y in leaves)
         assert changed, f"{method.name}: nothing reads {field}"
 
 

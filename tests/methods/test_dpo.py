@@ -7,77 +7,52 @@ import pytest
 
 from pjpo.methods import dpo
 from pjpo.types import Batch
-
-LENGTHS = np.array([[5, 6], [12, 10], [4, 4]])
-POLICY = np.array([[-12.5, -14.0], [-30.25, -25.75], [-8.0, -9.5]])
-REFERENCE = np.array([[-13.0, -13.5], [-28.0, -27.0], [-8.25, -9.0]])
-DTYPES = [("float64", 1e-8), ("float32", 1e-5)]
+from tests.methods import golden
 
 
 def make_batch(mask):
     return Batch.of(completion_tokens=jnp.zeros(mask.shape, jnp.int32), completion_mask=jnp.asarray(mask))
 
 
-def tokens(sums, lengths, width, seed):
-    """Token log-probs [B, 2, width] with the sums given over the first `lengths`, and noise after them."""
-    rng = np.random.default_rng(seed)
-    values = rng.normal(size=(*sums.shape, width))
-    for place in np.ndindex(sums.shape):
-        own = values[place][: lengths[place]]
-        own += (sums[place] - own.sum()) / len(own)
-    return values
-
-
-def loss(config, policy, reference, lengths, dtype):
-    """(mean loss, loss of each pair, metrics, gradient by token log-probs, mask)."""
-    width = lengths.max()
-    mask = np.arange(width)[None, None] < lengths[:, :, None]
-    logps, ref_logps = (jnp.asarray(tokens(x, lengths, width, i), dtype) for i, x in enumerate((policy, reference)))
-
-    def value(logps, rows=slice(None)):
-        batch = make_batch(mask[rows])
-        mean, metrics = dpo.loss(config, batch, logps[rows], ref_logps[rows])
-        return mean.value(), metrics
-
-    (mean, metrics), gradient = jax.value_and_grad(value, has_aux=True)(logps)
-    assert mean.dtype == dtype
-    return mean, [value(logps, slice(i, i + 1))[0] for i in range(len(policy))], metrics, gradient, mask
-
-
-@pytest.mark.parametrize(("dtype", "bound"), DTYPES)
+@golden.in_both_dtypes
 def test_golden_values(dtype, bound):
-    with jax.enable_x64(dtype == "float64"):
-        mean, each, metrics, gradient, mask = loss(dpo.Config(beta=0.1), POLICY, REFERENCE, LENGTHS, dtype)
-        np.testing.assert_allclose(each, [0.64439666, 0.88338216, 0.65635014], rtol=0, atol=bound)
-        np.testing.assert_allclose(mean, 0.72804299, rtol=0, atol=bound)
-        # A completion's sum has the gradient g, and so has every one of its tokens.
-        golden = np.array([-0.01583403, -0.01955392, -0.01604196])[:, None] * [1, -1]
-        np.testing.assert_allclose(gradient, np.where(mask, golden[:, :, None], 0), rtol=0, atol=bound)
-        expected = {
-            "rewards/chosen": np.mean([0.05, -0.225, 0.025]),
-            "rewards/rejected": np.mean([-0.05, 0.125, -0.05]),
-            "rewards/margins": np.mean([0.1, -0.35, 0.075]),
-            "rewards/accuracies": 0.66666667,
-            "logps/chosen": POLICY[:, 0].mean(),
-            "logps/rejected": POLICY[:, 1].mean(),
-        }
-        assert metrics.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(metrics[name].value(), value, rtol=1e-6, atol=bound, err_msg=name)
+    case = golden.check(
+        dpo,
+        dpo.Config(beta=0.1),
+        bound,
+        dtype=dtype,
+        mean=0.72804299,
+        each=[0.64439666, 0.88338216, 0.65635014],
+        gradient=golden.opposite([-0.01583403, -0.01955392, -0.01604196]),
+    )
+    expected = {
+        "rewards/chosen": np.mean([0.05, -0.225, 0.025]),
+        "rewards/rejected": np.mean([-0.05, 0.125, -0.05]),
+        "rewards/margins": np.mean([0.1, -0.35, 0.075]),
+        "rewards/accuracies": 0.66666667,
+        "logps/chosen": golden.POLICY[:, 0].mean(),
+        "logps/rejected": golden.POLICY[:, 1].mean(),
+    }
+    assert case.metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(case.metrics[name], value, rtol=1e-6, atol=bound, err_msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), DTYPES)
+@golden.in_both_dtypes
 def test_golden_values_at_extremes(dtype, bound):
-    policy = np.array([[-100.0, -8100.0], [-8100.0, -100.0]])
-    with jax.enable_x64(dtype == "float64"):
-        _, each, _, gradient, mask = loss(
-            dpo.Config(beta=0.1), policy, np.full((2, 2), -100.0), np.full((2, 2), 10), dtype
-        )
-        # In float32 sums near 1e4 of ten tokens keep 1e-3, a tenth of which is left by beta.
-        np.testing.assert_allclose(each, [0, 800], rtol=0, atol=bound if dtype == "float64" else 1e-3)
-        np.testing.assert_allclose(
-            gradient, np.broadcast_to(np.array([[[0], [0]], [[-0.05], [0.05]]]), mask.shape), atol=bound
-        )
+    # In float32 sums near 1e4 of ten tokens keep 1e-3, a tenth of which is left by beta.
+    golden.check(
+        dpo,
+        dpo.Config(beta=0.1),
+        bound if dtype == "float64" else 1e-3,
+        dtype=dtype,
+        policy=golden.EXTREME,
+        reference=np.full((2, 2), -100.0),
+        lengths=np.full((2, 2), 10),
+        mean=400,
+        each=[0, 800],
+        gradient=golden.opposite([0, -0.05]),
+    )
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0, 5.0])
@@ -86,17 +61,16 @@ def test_the_gradient_is_the_papers(beta):
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 6, 2)) * 5 - 20
     lengths = rng.integers(1, 9, (6, 2))
-    with jax.enable_x64(True):
-        *_, gradient, mask = loss(dpo.Config(beta=beta), policy, reference, lengths, "float64")
+    case = golden.Case(dpo, dpo.Config(beta=beta), policy, reference, lengths)
     rewards = beta * (policy - reference)
     weight = 1 / (1 + np.exp(rewards[:, 0] - rewards[:, 1]))
     expected = -beta / 6 * weight[:, None] * [1, -1]
-    np.testing.assert_allclose(gradient, np.where(mask, expected[:, :, None], 0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(case.gradient, np.where(case.mask, expected[:, :, None], 0), rtol=0, atol=1e-12)
 
 
 def test_equal_policy_and_reference_lose_log_2_and_win_nothing():
-    mean, _, metrics, _, _ = loss(dpo.Config(), POLICY, POLICY, LENGTHS, "float32")
-    np.testing.assert_allclose(mean, np.log(2), rtol=0, atol=1e-6)
+    case = golden.Case(dpo, dpo.Config(), reference=golden.POLICY, dtype="float32")
+    np.testing.assert_allclose(case.mean, np.log(2), rtol=0, atol=1e-6)
     logps = jnp.zeros((2, 2, 3))
     batch = make_batch(np.ones((2, 2, 3), bool))
     assert dpo.loss(dpo.Config(), batch, logps, logps)[1]["rewards/accuracies"].value() == 0  # a tie is no success

@@ -1,0 +1,47 @@
+"""DPO with an attenuated reference. Chen et al. 2024, arXiv:2405.19534, Eq. 4. Departures: none.
+
+With gamma = 1 it is DPO, with gamma = 0 a loss on the policy's own log-probs, whose sign is the ranking's.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from pjpo import pairs
+from pjpo.logps import sum_completion
+from pjpo.metrics import Mean
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    beta: float = 0.1  # scale of the margin; dimensionless, > 0
+    gamma: float = 0.5  # share of the reference's own margin that counts; the paper tries 0, 0.25, ..., 2; >= 0
+
+    def __post_init__(self):
+        for name, value, allowed in (("beta", self.beta, self.beta > 0), ("gamma", self.gamma, self.gamma >= 0)):
+            if not (allowed and value < math.inf):
+                least = "> 0" if name == "beta" else ">= 0"
+                raise ValueError(f"dpo_attenuated: {name} must be {least} and finite, got {value}")
+
+
+def loss(
+    config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: Float[Array, "B 2 T"]
+) -> tuple[Mean, dict[str, Mean]]:
+    """Logistic loss on the policy's log-prob margin less `gamma` times the reference's.
+
+    Args:
+        config: hyperparameters, static under jit.
+        batch: pairs; axis 1 is (chosen, rejected). A pair with nothing to score (padding of a batch) is not counted.
+        logps: policy log-probability of each completion token; nats, float32.
+        ref_logps: the same under the reference model; a constant to the gradient.
+
+    Returns:
+        Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
+    """
+    scaled = config.gamma * jax.lax.stop_gradient(ref_logps)
+    rewards = config.beta * sum_completion(logps - scaled, batch.loss_mask)  # [B, 2]
+    losses = -jax.nn.log_sigmoid(pairs.margins(rewards))  # [B]
+    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)

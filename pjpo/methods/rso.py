@@ -1,0 +1,54 @@
+"""The losses of Statistical Rejection Sampling Optimization (RSO). Liu et al. 2023, arXiv:2309.06657, Eq. 8 to 10.
+
+Departures: none. The pairs they are for come from `pjpo.rejection`; gamma is set apart from the sampler's beta.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from pjpo import pairs
+from pjpo.logps import sum_completion
+from pjpo.metrics import Mean
+from pjpo.types import Batch
+
+FORMS = ("sigmoid_norm", "hinge", "hinge_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    gamma: float = 0.05  # scale of the margin, 1 / margin where a hinge ends; dimensionless, > 0
+    form: Literal["sigmoid_norm", "hinge", "hinge_norm"] = "sigmoid_norm"  # "norm": relative to the reference
+
+    def __post_init__(self):
+        if not 0 < self.gamma < math.inf:  # this way round, nan is refused too
+            raise ValueError(f"rso: gamma must be > 0 and finite, got {self.gamma}")
+        if self.form not in FORMS:
+            raise ValueError(f"rso: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+
+
+def loss(
+    config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: Float[Array, "B 2 T"] | None
+) -> tuple[Mean, dict[str, Mean]]:
+    """Logistic (Eq. 8, DPO's) or hinge loss on the margin, which only "hinge" (Eq. 9) takes without the reference.
+
+    Args:
+        config: hyperparameters, static under jit.
+        batch: pairs; axis 1 is (chosen, rejected). A pair with nothing to score (padding of a batch) is not counted.
+        logps: policy log-probability of each completion token; nats, float32.
+        ref_logps: the same under the reference model; a constant to the gradient. Not read by "hinge", may be
+            None for it.
+
+    Returns:
+        Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
+    """
+    if config.form == "hinge":
+        rewards = config.gamma * sum_completion(logps, batch.loss_mask)  # [B, 2]
+    else:
+        rewards = pairs.implicit_rewards(config.gamma, batch, logps, ref_logps)
+    margins = pairs.margins(rewards)  # [B]
+    losses = -jax.nn.log_sigmoid(margins) if config.form == "sigmoid_norm" else jax.nn.relu(1 - margins)
+    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)

@@ -1,0 +1,41 @@
+"""Simple Preference Optimization (SimPO). Meng et al. 2024, arXiv:2405.14734, Eq. 6. Departures: none."""
+
+import dataclasses
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from pjpo import pairs
+from pjpo.logps import mean_completion
+from pjpo.metrics import Mean
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    beta: float = 2.0  # scale of the mean log-probs that are compared; the paper uses 2 to 2.5 (10 once); > 0
+    margin: float = 1.0  # by how much chosen should win, gamma in the paper, which uses 0.3 to 1.6; >= 0
+
+    def __post_init__(self):
+        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
+            raise ValueError(f"simpo: beta must be > 0 and finite, got {self.beta}")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"simpo: margin must be >= 0 and finite, got {self.margin}")
+
+
+def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:
+    """Logistic loss on the margin of log-probs per token, less a target margin.
+
+    Args:
+        config: hyperparameters, static under jit.
+        batch: pairs; axis 1 is (chosen, rejected). A pair with nothing to score (padding of a batch) is not counted.
+        logps: policy log-probability of each completion token; nats, float32.
+        ref_logps: None, as there is no reference.
+
+    Returns:
+        Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
+    """
+    rewards = config.beta * mean_completion(logps, batch.loss_mask)  # [B, 2]; Eq. 4
+    losses = -jax.nn.log_sigmoid(pairs.margins(rewards) - config.margin)  # [B]
+    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)

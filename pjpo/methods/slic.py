@@ -1,0 +1,57 @@
+"""Sequence Likelihood Calibration with human feedback (SLiC-HF). Zhao et al. 2023, arXiv:2305.10425.
+
+Departures: none. The likelihood term is of the fine-tuning target, which is a third completion of the prompt, not of
+the chosen completion.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from pjpo import pairs
+from pjpo.logps import sum_completion
+from pjpo.metrics import Mean
+from pjpo.types import TARGET, Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    margin: float = 1.0  # by how many nats chosen should be likelier than rejected; delta in the paper, > 0
+    nll_weight: float = 0.5  # of the target's negative log-likelihood, lambda in the paper; >= 0
+
+    def __post_init__(self):
+        if not 0 < self.margin < math.inf:  # this way round, nan is refused too
+            raise ValueError(f"slic: margin must be > 0 and finite, got {self.margin}")
+        if not 0 <= self.nll_weight < math.inf:
+            raise ValueError(f"slic: nll_weight must be >= 0 and finite, got {self.nll_weight}")
+
+
+def loss(config: Config, batch: Batch, logps: Float[Array, "B N T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:
+    """Hinge loss on the log-prob margin, and the likelihood of the target.
+
+    Args:
+        config: hyperparameters, static under jit.
+        batch: axis 1 is (chosen, rejected, target), or without the target where `nll_weight` is 0. A row with nothing
+            to score (padding of a batch) is not counted.
+        logps: policy log-probability of each completion token; nats, float32.
+        ref_logps: None, as there is no reference.
+
+    Returns:
+        Loss in nats per pair, and metrics (rewards are log-probs); each a `Mean` of sum and count over pairs.
+
+    Raises:
+        ValueError: other completions than these.
+    """
+    needed = 3 if config.nll_weight else 2
+    if not needed <= logps.shape[1] <= 3:
+        raise ValueError(
+            f"slic: nll_weight {config.nll_weight} needs {needed} completions of each prompt, (chosen, rejected"
+            f"{', target' if config.nll_weight else ''}), got {logps.shape[1]}; add the target, or set nll_weight to 0"
+        )
+    sums = sum_completion(logps, batch.loss_mask)  # [B, N]
+    losses = jax.nn.relu(config.margin - pairs.margins(sums))  # [B]
+    if config.nll_weight:
+        losses = losses - config.nll_weight * sums[:, TARGET]
+    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, sums)

@@ -1,0 +1,86 @@
+"""The diagnostics of pairs and samples against numbers by hand."""
+
+import numpy as np
+import pytest
+
+from pjpo.evals import panel
+from pjpo.types import Batch
+
+REF = np.array([[-10.0, -8.0], [-6.0, -7.0], [-5.0, -5.0], [-9.0, -4.0]])
+LOGPS = REF + np.array([[4.0, -2.0], [-1.0, -3.0], [0.0, 0.0], [1.0, 3.0]])
+LENGTHS = np.array([[5, 4], [3, 7], [2, 2], [6, 2]])
+
+
+def test_rewards_rankings_and_changes():
+    found = panel.of_pairs(0.5, LOGPS, REF, LENGTHS)
+    expected = {
+        "rewards/chosen": 0.5 * 1.0,
+        "rewards/rejected": 0.5 * -0.5,
+        "rewards/margins": 0.5 * 1.5,
+        "rewards/accuracies": 0.5,  # the third pair is a tie
+        "ranking/accuracy": 0.75,  # where it counts
+        "ranking/accuracy_per_token": np.mean([-6 / 5 >= -10 / 4, -7 / 3 >= -10 / 7, True, -8 / 6 >= -1 / 2]),
+        "ranking/flipped": 0.5,  # of pairs 1 and 4, which the reference has wrong
+        "logps/chosen": -6.5,
+        "logps/rejected": -6.5,
+        "logps/chosen_change": 1.0,
+        "logps/rejected_change": -0.5,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-12, err_msg=name)
+
+
+def test_the_idealised_bound_is_a_range_over_beta():
+    found = panel.of_pairs(0.5, LOGPS, REF, LENGTHS)
+    # log 999 / beta against the reference's worst margin of -5: right down to beta = 1, wrong from 5 on.
+    margins = REF[:, 0] - REF[:, 1]
+    each = [np.mean(margins + np.log(999) / beta > 0) for beta in (0.01, 0.1, 1, 5, 10)]
+    names = ("min", "median", "max")
+    np.testing.assert_allclose(
+        [found[f"ranking/idealised_{name}"] for name in names], [min(each), np.median(each), max(each)]
+    )
+    np.testing.assert_allclose(found["ranking/alignment_gap"], np.median(each) - 0.75)
+
+
+def test_length_bias():
+    found = panel.of_pairs(0.5, LOGPS, REF, LENGTHS)
+    longer, margins = np.array([1, -4, 0, 4]), 0.5 * np.array([6.0, 2.0, 0.0, -2.0])
+    np.testing.assert_allclose(found["length/longer_chosen"], 2 / 3)
+    np.testing.assert_allclose(found["length/longer_rewarded"], 1 / 3)
+    np.testing.assert_allclose(found["length/margin_correlation"], np.corrcoef(longer, margins)[0, 1])
+    alike = panel.of_pairs(0.5, LOGPS, REF, np.full((4, 2), 3))
+    assert [alike[f"length/{name}"] for name in ("longer_chosen", "longer_rewarded", "margin_correlation")] == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "regime"),
+    [
+        (1.0, -1.0, "Reinforcement: chosen rose and rejected fell (chosen +1.00, rejected -1.00 nats a completion)."),
+        (-1.0, -3.0, "Likelihood displacement: both fell, so the mass went to other completions"),
+        (-1.0, 0.0, "Likelihood displacement: chosen fell, rejected stayed"),
+        (0.0, -1.0, "Suppression: rejected fell, chosen stayed"),
+        (1.0, 0.0, "Reinforcement: chosen rose, rejected stayed"),
+        (0.0, 0.0, "Neither moved beyond chance"),
+        (1.0, 1.0, "Both rose"),
+        (-1.0, 1.0, "the pairs are being unlearned"),
+        (0.0, 1.0, "the pairs are being unlearned"),
+    ],
+)
+def test_every_regime_has_its_sentence(chosen, rejected, regime):
+    noise = np.array([[0.1, -0.1], [-0.1, 0.1]] * 10)
+    assert regime in panel.displacement(np.array([chosen, rejected]) + noise + REF[:1], np.repeat(REF[:1], 20, axis=0))
+
+
+def test_a_change_within_its_error_is_none():
+    changes = np.array([[3.0, 0.0], [-2.0, 0.0], [2.5, 0.0], [-2.5, 0.0]])  # +0.25 on average
+    assert panel.displacement(REF + changes, REF).startswith("Neither moved beyond chance (chosen +0.25")
+
+
+def test_kl_and_entropy_of_samples():
+    mask = np.array([[[True, True]], [[True, False]]])
+    logps = np.array([[[-1.0, -2.0]], [[-0.5, 7.0]]])
+    batch = Batch.of(completion_tokens=np.zeros((2, 1, 2), np.int32), completion_mask=mask, old_logps=logps)
+    found = panel.of_samples(batch, np.array([[[-1.5, -3.0]], [[-0.7, 9.0]]]))
+    np.testing.assert_allclose(found["kl"], (1.5 + 0.2) / 2)
+    np.testing.assert_allclose(found["kl_stderr"], 1.3 / 2)
+    np.testing.assert_allclose(found["entropy"], 3.5 / 3)

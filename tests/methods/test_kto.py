@@ -1,0 +1,73 @@
+"""KTO against golden values: the reference point over the whole batch, clamped, and the weights of both labels."""
+
+import numpy as np
+import pytest
+
+from pjpo.methods import kto
+from tests.methods import golden
+from tests.methods.contract import Contract
+
+CONTRACT = Contract(configs=(kto.Config(beta=0.5, weight_chosen=1.3, weight_rejected=0.7),))
+
+
+def case(config, desirable, undesirable, mismatched, dtype="float64", **options):
+    """Rows of (own, mismatched) log-ratios, which are put on top of any reference."""
+    logratios = np.stack([[*desirable, *undesirable], mismatched], axis=1)
+    lengths = np.random.default_rng(0).integers(1, 9, logratios.shape)
+    reference = np.random.default_rng(1).normal(size=logratios.shape) - 20
+    labels = np.repeat((np.arange(len(logratios)) < len(desirable))[:, None], 2, axis=1)
+    inputs = {"policy": reference + logratios, "reference": reference, "lengths": lengths, "labels": labels}
+    return (
+        golden.Case(kto, config, **inputs, dtype=dtype)
+        if not options
+        else golden.check(kto, config, **options, **inputs, dtype=dtype)
+    )
+
+
+@golden.in_both_dtypes
+def test_golden_values(dtype, bound):
+    gradient = [-0.00499622, -0.00496191, -0.00490665, 0.00499098, 0.00495277]
+    found = case(
+        kto.Config(beta=0.1),
+        [0.8, -1.5, 3.0],
+        [-0.6, 2.2],
+        [0.5, -0.25, 1.0, 0.1, -0.1],
+        dtype,
+        bound=bound,
+        mean=0.49778621,
+        gradient=np.array(gradient)[:, None] * [1, 0],  # none through the reference point
+    )
+    np.testing.assert_allclose(found.metrics["kl"], 0.25, rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["rewards/chosen"], 0.1 * np.mean([0.8, -1.5, 3.0]), rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["rewards/rejected"], 0.1 * np.mean([-0.6, 2.2]), rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["rewards/margins"], 0.1 * (2.3 / 3 - 0.8), rtol=1e-3)
+
+
+@golden.in_both_dtypes
+def test_golden_values_with_a_clamped_reference_point(dtype, bound):
+    gradient = [-0.03003259, -0.02723687, 0.03972448, 0.03044761]
+    found = case(
+        kto.Config(beta=0.5, weight_rejected=1.3),
+        [0.8, -1.5],
+        [-0.6, 2.2],
+        [-2.0, -1.0, 0.5, 0.25],
+        dtype,
+        bound=bound,
+        mean=0.65226348,
+        gradient=np.array(gradient)[:, None] * [1, 0],
+    )
+    assert found.metrics["kl"] == 0
+
+
+def test_one_label_alone_keeps_the_reference_point_and_has_no_margin():
+    found = case(kto.Config(beta=0.1), [0.8, -1.5, 3.0], [], [0.5, -0.25, 1.0])
+    point = 1.25 / 3
+    expected = 1 - 1 / (1 + np.exp(-0.1 * (np.array([0.8, -1.5, 3.0]) - point)))
+    np.testing.assert_allclose(found.mean, expected.mean(), rtol=1e-10)
+    np.testing.assert_allclose(found.metrics["kl"], point, rtol=1e-10)
+    assert found.metrics["rewards/margins"] == 0
+
+
+def test_a_batch_without_labels_is_refused():
+    with pytest.raises(ValueError, match="the batch has no labels; give each completion one"):
+        golden.Case(kto, kto.Config(), dtype="float32")
