@@ -52,8 +52,8 @@ def save(
 
     Raises:
         FileExistsError: something is there.
-        ValueError: adapters alone where there are none, a model that no family of `transformers` is, parameters that
-            are spread over several processes.
+        ValueError: adapters alone where there are none, a scalar head, a model that no family of `transformers` is,
+            parameters that are spread over several processes.
     """
     path = Path(path).expanduser()
     check_free(path)
@@ -61,6 +61,11 @@ def save(
         raise ValueError("there are no adapters to save alone: the parameters hold weights only; save them merged")
     if "lora" in params and policy.config.lora is None:
         raise ValueError("the parameters hold adapters, but the policy has none; give the policy that they belong to")
+    if "scalar_head" in params:
+        raise ValueError(
+            "the parameters hold a scalar head, for which a folder of a language model has no place; a run's checkpoint "
+            "keeps it, and to save the language model alone leave 'scalar_head' out of params"
+        )
     if any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
         raise ValueError(
             "the parameters are spread over several processes; save a checkpoint and export it with one process: "
