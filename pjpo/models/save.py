@@ -63,8 +63,8 @@ def save(
         raise ValueError("the parameters hold adapters, but the policy has none; give the policy that they belong to")
     if "scalar_head" in params:
         raise ValueError(
-            "the parameters hold a scalar head, for which a folder of a language model has no place; a run's checkpoint "
-            "keeps it, and to save the language model alone leave 'scalar_head' out of params"
+            "the parameters hold a scalar head, for which a folder of a language model has no place; the run's "
+            "checkpoint keeps it; to save the language model alone, leave 'scalar_head' out of params"
         )
     if any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
         raise ValueError(
