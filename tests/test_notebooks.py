@@ -39,6 +39,25 @@ def test_dpo_sentiment_draws_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "pictures", "printed"),
+    [
+        ("02_losses_side_by_side", ("margin", "noise"), {"noise": "'rDPO': 2.0", "ties": "reward model accuracy 0.5"}),
+        ("03_ranking_and_displacement", ("threshold",), {"displacement": "Likelihood displacement: both fell"}),
+        ("04_token_credit", ("credit",), {"search": "16 beams"}),
+    ],
+)
+def test_the_toys_run_and_draw(name, pictures, printed, tmp_path, monkeypatch):
+    notebook = execute(f"{name}.ipynb", monkeypatch, tmp_path)
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for cell in pictures:
+        found = [output.data["image/png"] for output in outputs[cell] if "image/png" in output.get("data", {})]
+        assert len(base64.b64decode(found[0])) > 5000
+    for cell, text in printed.items():
+        assert text in "".join(output.get("text", "") for output in outputs[cell])
+
+
+@pytest.mark.filterwarnings("default")
 def test_dpo_sentiment_says_what_to_do_without_a_run(tmp_path, monkeypatch):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"nowhere is not the folder of a run"):
         execute("01_dpo_sentiment.ipynb", monkeypatch, tmp_path / "nowhere")

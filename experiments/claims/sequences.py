@@ -1,0 +1,89 @@
+"""A tiny autoregressive policy: a table of logits by position and previous token, with `logps` as any policy has."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pjpo import step
+from pjpo.types import Batch
+
+
+class Table:
+    """Sequences of T tokens out of V; logits [T, V + 1, V], the last row of axis 1 for no previous token."""
+
+    def __init__(self, num_tokens: int, vocab_size: int):
+        self.shape = num_tokens, vocab_size + 1, vocab_size
+
+    def init(self) -> jax.Array:
+        return jnp.zeros(self.shape)
+
+    def logps(self, params: jax.Array, batch: Batch) -> jax.Array:
+        tokens = jnp.asarray(batch.completion_tokens)
+        before = jnp.pad(tokens[..., :-1], [(0, 0), (0, 0), (1, 0)], constant_values=self.shape[2])
+        places = jnp.broadcast_to(jnp.arange(self.shape[0])[None, None], tokens.shape)
+        return jax.nn.log_softmax(params)[places, before, tokens]
+
+    def sample(self, params: jax.Array, count: int, rng: np.random.Generator) -> np.ndarray:
+        """[count, T]."""
+        cumulative = np.cumsum(np.asarray(jax.nn.softmax(params)), axis=-1)
+        tokens, before = np.zeros((count, self.shape[0]), np.int32), np.full(count, self.shape[2])
+        for t in range(self.shape[0]):
+            drawn = (rng.random((count, 1)) > cumulative[t, before]).sum(1)
+            tokens[:, t] = before = np.minimum(drawn, self.shape[2] - 1)
+        return tokens
+
+    def fit(self, sequences: np.ndarray, smoothing: float = 0.1) -> jax.Array:
+        """The likeliest table for these sequences [n, T], with `smoothing` added to each count."""
+        counts = np.full(self.shape, smoothing)
+        before = np.pad(sequences[:, :-1], [(0, 0), (1, 0)], constant_values=self.shape[2])
+        for t in range(self.shape[0]):
+            np.add.at(counts[t], (before[:, t], sequences[:, t]), 1)
+        return jnp.log(counts / counts.sum(-1, keepdims=True)).astype(jnp.float32)
+
+
+def train(
+    policy: Table, loss: Callable, method: Any, start: jax.Array, batch: Batch, *, num_steps: int, learning_rate: float
+) -> jax.Array:
+    """Full-batch Adam from `start`, which is also the reference where the loss has one."""
+    return _train(policy.shape, loss, method, start, batch, num_steps, learning_rate)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5, 6))
+def _train(shape, loss, method, start, batch, num_steps, learning_rate):
+    policy, optimizer = Table(shape[0], shape[2]), optax.adam(learning_rate)
+    has_reference = inspect.signature(loss).parameters["ref_logps"].annotation is not None
+    ref_logps = policy.logps(start, batch) if has_reference else None
+
+    def objective(params):
+        return step.apply(loss, method, batch, {"logps": policy.logps(params, batch)}, ref_logps)[0].value()
+
+    def update(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(objective)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(update, (start, optimizer.init(start)), length=num_steps)[0][0]
+
+
+def pairs(first: np.ndarray, second: np.ndarray, prefers_first: np.ndarray) -> Batch:
+    """Sequences [n, T] twice and who won [n], as a batch."""
+    both = np.stack([first, second], axis=1)
+    return Batch.of(completion_tokens=np.where(prefers_first[:, None, None], both, both[:, ::-1]).astype(np.int32))
+
+
+def unpaired(batch: Batch) -> Batch:
+    """KTO's rows of a batch of pairs: each completion with its label, then the next row's."""
+    tokens = np.concatenate([batch.completion_tokens[:, 0], batch.completion_tokens[:, 1]])
+    labels = np.repeat([True, False], len(batch.completion_tokens))
+    order = np.random.default_rng(0).permutation(len(tokens))
+    tokens, labels = tokens[order], labels[order]
+    both = np.stack([tokens, np.roll(tokens, -1, axis=0)], axis=1)
+    return Batch.of(completion_tokens=both, labels=np.repeat(labels[:, None], 2, axis=1))
