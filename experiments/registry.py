@@ -51,7 +51,7 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: there is no such experiment; names what is near, and all.
     """
-    known = [*names(), "registry"]
+    known = [*names(), "registry", *(path.parent.name for path in FOLDER.glob("*/__main__.py"))]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,13 +18,15 @@ from pjpo import layout
 from pjpo.layout import ROWS, TABLE
 from pjpo.products import contract_rows, dot
 
+Mask = Bool[Array, "B N T"] | Bool[np.ndarray, "B N T"]
 
-def sum_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) -> Float[Array, "B N"]:
+
+def sum_completion(values: Float[Array, "B N T"], mask: Mask) -> Float[Array, "B N"]:
     """Sum over the tokens of each completion where `mask` is true."""
     return jnp.where(mask, values, 0).sum(-1)
 
 
-def mean_completion(values: Float[Array, "B N T"], mask: Bool[Array, "B N T"]) -> Float[Array, "B N"]:
+def mean_completion(values: Float[Array, "B N T"], mask: Mask) -> Float[Array, "B N"]:
     """Mean over the tokens of each completion where `mask` is true; 0 for an empty completion."""
     return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1).astype(values.dtype)
 
