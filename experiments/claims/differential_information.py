@@ -32,7 +32,7 @@ def minimiser(reward: str, ref: np.ndarray, weights: np.ndarray, beta: float) ->
 
     def objective(free):
         odds = orpo.log_odds(jax.nn.log_softmax(jnp.concatenate([jnp.zeros(1), free])))[pairs]
-        return -jnp.sum(each * jax.nn.log_sigmoid(beta * (odds[:, 0] - odds[:, 1]))) / each.sum()
+        return -jnp.sum(each * jax.nn.log_sigmoid(odds[:, 0] - odds[:, 1])) / each.sum()  # ORPO's term has no beta
 
     free = minimise(objective, np.log(ref[1:] / ref[0]))
     return np.asarray(jax.nn.softmax(np.concatenate([[0.0], free])))

@@ -23,7 +23,7 @@ def transfer(seed: int, num_steps: int = 300, rate: float = 1.0) -> dict[str, fl
     direction /= np.linalg.norm(direction)
     signs = np.repeat([1, -1], NUM_WORDS)[:, None]
     embed = signs * direction + 0.1 * rng.normal(size=(2 * NUM_WORDS, WIDTH))  # words 0..3 are good, 4..7 bad
-    hidden = rng.normal(size=(NUM_PROMPTS, WIDTH))  # of the prompts
+    hidden = rng.normal(size=WIDTH) + 0.3 * rng.normal(size=(NUM_PROMPTS, WIDTH))  # of prompts: alike
     half = NUM_WORDS // 2
     seen = rng.integers(0, half, (NUM_PROMPTS, 2)) + np.array([0, NUM_WORDS])
     unseen = rng.integers(half, NUM_WORDS, (NUM_PROMPTS, 2)) + np.array([0, NUM_WORDS])
