@@ -86,7 +86,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
         claim = verdict.claim
         means = {name: interval(np.array([run[name] for run in verdict.runs])) for name in verdict.runs[0]}
         numbers = "; ".join(f"{name} {mean:.4g} ± {half:.1g}" for name, (mean, half) in means.items())
-        checks = "; ".join(f"{'' if held else 'NOT '}{shown}" for held, shown in verdict.judged)
+        judged = zip(claim.checks, verdict.judged, strict=True)
+        # A bound that was kept is seen from the numbers.
+        checks = [f"{'' if held else 'NOT '}{x}" for check, (held, x) in judged if isinstance(check, Above) or not held]
         held = "yes" if verdict.holds else "**no**"
-        lines.append(f"| {claim.paper} | {claim.text} | {claim.setting} | {numbers}. {checks} | {held} |")
+        lines.append(f"| {claim.paper} | {claim.text} | {claim.setting} | {'; '.join([numbers, *checks])} | {held} |")
     return "\n".join(lines)
