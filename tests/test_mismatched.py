@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pjpo.experiment import completed
+from pjpo.methods import dpo, kto
 from pjpo.mismatched import mismatched
 from pjpo.types import Batch
 
@@ -45,3 +47,10 @@ def test_each_row_gets_the_completion_of_the_next_row_that_is_not_padding():
 def test_what_kto_cannot_use_is_refused(batch, message):
     with pytest.raises(ValueError, match=message):
         mismatched(batch)
+
+
+def test_a_run_completes_batches_where_its_method_asks_for_it():
+    batch = make_batch()
+    assert completed(dpo.Config(), batch) is batch
+    found = completed(kto.Config(), batch)
+    np.testing.assert_array_equal(found.completion_tokens, mismatched(batch).completion_tokens)

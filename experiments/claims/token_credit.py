@@ -41,7 +41,7 @@ def identities(seed: int, beta: float = 0.5) -> dict[str, float]:
 
 def search(seed: int, num_mdps: int = 50) -> dict[str, float]:
     """Mean of return + beta log ref of what beams find, over random MDPs: what Eq. 13 says a search maximises."""
-    found = dict.fromkeys(("1 beam", "2 beams", "5 beams", "best"), 0.0)
+    found: dict[str, float] = dict.fromkeys(("1 beam", "2 beams", "5 beams", "best"), 0.0)
     for number in range(num_mdps):
         rewards, ref = random_mdp(4, 4, seed * num_mdps + number)
         solution = token_mdp.solve(rewards, ref, 0.5)
