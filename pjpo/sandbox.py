@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Sized
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ def compile(source: str) -> Template:
         jinja2.TemplateSyntaxError: it is no template.
     """
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Extension, jinja2.ext.loopcontrols])
-    environment.filters |= {"tojson": _to_json, "bounded": _bounded}
+    environment.filters |= {"tojson": _to_json, "bounded": _bounded, "argument": _argument, "format": _format}
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     tree = environment.parse(source)
     marks_generation = any(node.name == "generated" for node in tree.find_all(nodes.ExtensionAttribute))
@@ -80,13 +81,12 @@ class _Extension(jinja2.ext.Extension):
     @jinja2.pass_context
     def tick(self, context: jinja2.runtime.Context) -> bool:
         context[_RUN].num_steps += 1
-        if context[_RUN].num_steps > MAX_STEPS:
-            raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+        _check(context[_RUN].num_steps <= MAX_STEPS, f"it takes more than {MAX_STEPS:,} steps")
         return True
 
 
 class _Bound(jinja2.visitor.NodeTransformer):
-    """Counts turns of loops and calls of macros, and measures what `~` and `{% set %}` blocks put together."""
+    """Counts turns of loops and calls of macros; measures what is put together, and the arguments that say how much."""
 
     def __init__(self, tick: nodes.Call):
         self.tick = tick
@@ -103,47 +103,80 @@ class _Bound(jinja2.visitor.NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(self.tick))
         return node
 
+    def visit_Call(self, node: nodes.Call) -> nodes.Call:
+        return _bound_arguments(self.generic_visit(node))
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
+        return _filter(_bound_arguments(self.generic_visit(node)), "bounded")
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        return _filter_bounded(self.generic_visit(node))
+        return _filter(self.generic_visit(node), "bounded")
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
         self.generic_visit(node)
-        node.filter = _filter_bounded(node.filter)
+        node.filter = _filter(node.filter, "bounded")
         return node
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"+", "*", "**"})
+def _bound_arguments(node: Any) -> Any:
+    node.args = [_filter(argument, "argument") for argument in node.args]
+    for keyword in node.kwargs:
+        keyword.value = _filter(keyword.value, "argument")
+    return node
 
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        for value, other in ((left, right), (right, left)):
-            if (
-                operator == "*"
-                and isinstance(value, Sized)
-                and isinstance(other, int)
-                and len(value) * other > MAX_LENGTH
-            ):
-                raise jinja2.sandbox.SecurityError(f"{len(value)} * {other} is longer than {MAX_LENGTH:,}")
-        if (
-            operator == "**"
-            and isinstance(left, int)
-            and isinstance(right, int)
-            and left.bit_length() * right > MAX_BITS
-        ):
-            raise jinja2.sandbox.SecurityError(f"{left} ** {right} is larger than {MAX_BITS:,} bits")
+
+def _filter(node: nodes.Expr | None, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def call_binop(self, context: jinja2.runtime.Context | None, operator: str, left: Any, right: Any) -> Any:
+        for value, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(value, Sized) and isinstance(times, int):
+                _check(len(value) * times <= MAX_LENGTH, f"{len(value)} * {times} is longer than {MAX_LENGTH:,}")
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _check(left.bit_length() * right <= MAX_BITS, f"{left} ** {right} is larger than {MAX_BITS:,} bits")
+        if operator == "%":
+            _check_format(left)
         return _bounded(super().call_binop(context, operator, left, right))
 
+    def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(function, "__wrapped__", function)  # jinja2 wraps these two of a text's own methods
+        if getattr(method, "__name__", "") in ("format", "format_map"):
+            _check_format(getattr(method, "__self__", None))
+        return super().call(context, function, *args, **kwargs)
 
-def _filter_bounded(node: nodes.Expr | None) -> nodes.Filter:
-    return nodes.Filter(node, "bounded", [], [], None, None)
+
+def _check(allowed: bool, message: str) -> None:
+    if not allowed:
+        raise jinja2.sandbox.SecurityError(message)
+
+
+def _check_format(pattern: Any) -> None:
+    """Widths and precisions say how long a text becomes."""
+    wide = isinstance(pattern, str) and re.search(r"\d{7}|%[-+ #0\d]*\.?\*", pattern)
+    _check(not wide, f"the format {pattern!r} asks for too much room")
 
 
 def _bounded(value: Any) -> Any:
-    if isinstance(value, Sized) and len(value) > MAX_LENGTH:
-        raise jinja2.sandbox.SecurityError(f"it puts together more than {MAX_LENGTH:,} characters or items")
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise jinja2.sandbox.SecurityError(f"it computes a number of more than {MAX_BITS:,} bits")
+    if isinstance(value, Sized):
+        _check(len(value) <= MAX_LENGTH, f"it puts together more than {MAX_LENGTH:,} characters or items")
+    if isinstance(value, int):
+        _check(value.bit_length() <= MAX_BITS, f"it computes a number of more than {MAX_BITS:,} bits")
     return value
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, int):
+        _check(abs(value) <= MAX_LENGTH, f"the argument {value} is larger than {MAX_LENGTH:,}")
+    return value
+
+
+def _format(pattern: str, *args: Any, **kwargs: Any) -> str:
+    _check_format(pattern)
+    return pattern % (kwargs or args)
 
 
 def _to_json(

@@ -94,7 +94,14 @@ def test_masks_hold_whatever_the_template_does_with_the_text():
         ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}", "1,000 steps"),
         ("{% for i in range(900) %}{% for j in range(900) if j < 0 %}{% endfor %}{% endfor %}", "1,000 steps"),
         ("{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}", "1,000 steps"),
-        ("{{ range(10 ** 9) }}", "Range too big"),
+        ("{{ range(10 ** 6) }}", "Range too big"),
+        ("{{ range(10 ** 9) }}", "argument 1000000000 is larger than 10,000,000"),
+        ("{{ 'a' | center(10 ** 9) }}", "argument 1000000000 is larger"),
+        ("{{ 'a'.rjust(width=10 ** 9) }}", "argument 1000000000 is larger"),
+        ("{{ '%999999999d' % 1 }}", "'%999999999d' asks for too much room"),
+        ("{{ '%999999999d' | format(1) }}", "'%999999999d' asks for too much room"),
+        ("{{ '%-.*f' % (10 ** 9, 1) }}", "asks for too much room"),
+        ("{{ '{:999999999}'.format(1) }}", "asks for too much room"),
         ("{{ 'a' * 10 ** 9 }}", "longer than 10,000,000"),
         ("{{ 10 ** 100000 }}", r"larger than 10,000 bits"),
         (
@@ -118,6 +125,21 @@ def test_templates_that_refuse_or_misbehave(template, message, monkeypatch):
     monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
     with pytest.raises(ValueError, match=message):
         byte_tokenizer(template).render_chat([USER, ASSISTANT])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ '%s: %05.1f' % (messages[0].role, 1.25) }}", "user: 001.2"),
+        ("{{ '%(a)s' | format(a='b') }}", "b"),
+        ("{{ '{:>3}|{}'.format(1, 'x') }}", "  1|x"),
+        ("{{ 2 ** 10 * 'a' | length % 7 }}", str(2**10 * 1 % 7)),
+        ("{% filter upper %}{{ messages | map(attribute='role') | join(', ') }}{% endfilter %}", "USER, ASSISTANT"),
+        ("{% set x | trim %} a {% endset %}{{ x ~ 1 }}", "a1"),
+    ],
+)
+def test_the_sandbox_leaves_the_rest_of_jinja_as_it_is(template, text):
+    assert byte_tokenizer(template).render_chat([USER, ASSISTANT]) == text
 
 
 def test_an_empty_chat_is_refused():
