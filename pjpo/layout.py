@@ -55,16 +55,11 @@ def pin(x: Array, *axes) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def at_rest(weight: Array, logical: tuple[str, ...]) -> Array:
-    """A parameter as it lies at rest. It does so anyway; this is for its gradient, which is summed into these parts."""
-    return pin(weight, *(RULES.get(axis) for axis in logical))
-
-
 def on_devices(*, ins: tuple, outs, num_rows: int) -> Callable[[Callable], Callable]:
     """Decorate a function so that each device calls it with its own parts of the arrays, and they talk by what follows.
 
     Args:
-        ins: how each argument is cut: ROWS, TABLE or HEADS.
+        ins: how each argument is cut.
         outs: the same of the result, or a tuple of it for each of several.
         num_rows: rows over all devices; where these cannot be dealt out evenly, the function is called on the whole.
     """

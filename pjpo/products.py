@@ -11,7 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
+
+from pjpo import layout
+from pjpo.layout import BATCH, FSDP, MODEL
 
 
 def dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> Array:
@@ -44,22 +48,39 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
     return lax.platform_dependent(x, kernel, transposed, cpu=kernel_left, default=ordinary)
 
 
-@jax.custom_vjp
-def product(x: Array, kernel: Array) -> Array:
-    """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; the kernel is cast to it at use."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, kernel: Array, cut: tuple[str | None, ...] = ()) -> Array:
+    """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; the kernel is cast to it at use.
+
+    `cut` says how a mesh cuts each axis of the kernel, see `pjpo.layout`: its gradient is summed into these parts.
+    """
     return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
 
 
-def _product_forward(x, kernel):
-    return product(x, kernel), (x, kernel)
+def _product_forward(x, kernel, cut):
+    return product(x, kernel, cut), (x, kernel)
 
 
-def _product_backward(residuals, cotangent):
+def _product_backward(cut, residuals, cotangent):
     x, kernel = residuals
     cotangent = cotangent.astype(x.dtype)
     plain = functools.partial(dot, axes_a=tuple(range(x.ndim - 1, cotangent.ndim)), axes_b=tuple(range(1, kernel.ndim)))
     dx = lax.platform_dependent(cotangent, kernel.astype(x.dtype), cpu=_dot_merged, default=plain)
-    return dx.astype(x.dtype), contract_rows(x, cotangent).astype(kernel.dtype)
+    return dx.astype(x.dtype), _weight_gradient(x, cotangent, cut).astype(kernel.dtype)
+
+
+def _weight_gradient(x, cotangent, cut):
+    if not cut:
+        return contract_rows(x, cotangent)
+    own = [MODEL if axis == MODEL else None for axis in cut]  # rows come whole but for what MODEL cuts
+    between = [None] * (x.ndim - 2)
+    ins = PartitionSpec(BATCH, *between, own[0]), PartitionSpec(BATCH, *between, *own[1:])
+
+    @layout.on_devices(ins=ins, outs=PartitionSpec(*cut), num_rows=len(x))
+    def each(x, cotangent):
+        return layout.sum_rows(contract_rows(x, cotangent), axis=cut.index(FSDP))
+
+    return each(x, cotangent)
 
 
 product.defvjp(_product_forward, _product_backward)

@@ -168,16 +168,17 @@ class Kernel(nn.Module):
     def __call__(self, x: Array) -> Array:
         axes = tuple(range(self.num_in)), tuple(range(self.num_in, len(self.shape)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=axes[0], out_axis=axes[1])
-        kernel = layout.at_rest(self.param("kernel", init, self.shape, self.param_dtype), AXES[self.name, "kernel"])
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
         if self.has_variable("transposed", "kernel"):
             out = few_rows(x, kernel, self.get_variable("transposed", "kernel"))
         else:
-            out = product(x, kernel)
+            parts = [layout.RULES.get(axis) for axis in AXES[self.name, "kernel"]]
+            inputs = next(filter(None, parts[: self.num_in]), None)
+            out = product(x, kernel, (inputs, *parts[self.num_in :]))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape[self.num_in :], self.param_dtype)
-            bias = layout.at_rest(bias, AXES[self.name, "bias"])
             out += jnp.expand_dims(bias.astype(out.dtype), range(out.ndim - bias.ndim))
         return out
 
@@ -316,8 +317,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
-        table = self.param("table", nn.initializers.normal(0.02), self.shape, self.param_dtype)
-        return layout.at_rest(table, AXES[self.name, "table"])
+        return self.param("table", nn.initializers.normal(0.02), self.shape, self.param_dtype)
 
 
 def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
