@@ -27,14 +27,14 @@ from pjpo.plan import chips, shapes
 
 # Model, slice, mesh (data, fsdp, model), pairs for each device that the batch is cut over.
 ROWS = [
-    ("Llama-3.2-1B", "v5e:2x2", (1, 4, 1), 1),
-    ("Llama-3.2-1B", "v6e:2x2", (1, 4, 1), 4),
-    ("Llama-3.2-1B", "v5p:2x2x1", (1, 4, 1), 8),
-    ("Llama-3.1-8B", "v5e:4x4", (1, 16, 1), 1),
-    ("Llama-3.1-8B", "v6e:4x4", (1, 16, 1), 2),
     ("Llama-3.1-8B", "v5p:2x2x4", (1, 16, 1), 4),
     ("Llama-3.1-70B", "v5p:4x4x4", (1, 64, 1), 4),
+    ("Llama-3.2-1B", "v5e:2x2", (1, 4, 1), 1),
+    ("Llama-3.1-8B", "v5e:4x4", (1, 16, 1), 1),
+    ("Llama-3.1-8B", "v6e:4x4", (1, 16, 1), 2),
     ("Llama-3.1-70B", "v5p:4x4x4", (1, 16, 4), 16),
+    ("Llama-3.2-1B", "v6e:2x2", (1, 4, 1), 4),
+    ("Llama-3.2-1B", "v5p:2x2x1", (1, 4, 1), 8),
     ("Llama-3.1-70B", "v6e:16x16", (1, 256, 1), 2),
     ("Llama-3.1-70B", "v6e:16x16", (1, 64, 4), 8),
     ("Llama-3.1-70B", "v5e:16x16", (1, 256, 1), 1),

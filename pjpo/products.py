@@ -65,7 +65,8 @@ def _product_backward(cut, residuals, cotangent):
     x, kernel = residuals
     cotangent = cotangent.astype(x.dtype)
     plain = functools.partial(dot, axes_a=tuple(range(x.ndim - 1, cotangent.ndim)), axes_b=tuple(range(1, kernel.ndim)))
-    dx = lax.platform_dependent(cotangent, kernel.astype(x.dtype), cpu=_dot_merged, default=plain)
+    on_cpu = plain if layout.size(MODEL) > 1 else _dot_merged  # an axis that is cut merges with no other
+    dx = lax.platform_dependent(cotangent, kernel.astype(x.dtype), cpu=on_cpu, default=plain)
     return dx.astype(x.dtype), _weight_gradient(x, cotangent, cut).astype(kernel.dtype)
 
 

@@ -83,7 +83,7 @@ class Program:
                 self.computations[current][instruction.name] = instruction
                 if found[1]:
                     self.roots[current] = instruction
-            elif line.startswith("}"):
+            elif line == "}":  # a kernel's attributes go over several lines, some of which begin with one
                 current = ""
         if not self.entry:
             raise ValueError("this is no text of a compiled program: it has no ENTRY")
@@ -165,7 +165,7 @@ class Program:
         """All of them, those of one kind, size and group together; a copy of one whose pieces are spread is one."""
         counts: dict[tuple, int] = collections.Counter()
         seen = set()
-        for _, instruction, times in self.instructions():
+        for name, instruction, times in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -174,6 +174,8 @@ class Program:
             devices = _group_size(instruction.rest)
             if kind == "reduce-scatter":
                 whole *= devices
+            elif kind == "all-reduce" and name in self.inside and self.roots[name].opcode == "dynamic-slice":
+                kind = "reduce-scatter"  # as a TPU's kernel is written
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
             piece = (kind, whole, channel and channel[1])
             if kind != "collective-permute" and channel and piece in seen:
