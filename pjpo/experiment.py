@@ -179,8 +179,7 @@ def _made(model: Model, root: Path, say: Callable[[str], None]) -> Model:
 
 
 def _report(folder: runs.RunFolder, say: Callable[[str], None]) -> None:
-    if distributed.is_first():
-        say(f"report: {report.write(folder)}")
+    distributed.from_first(lambda: say(f"report: {report.write(folder)}"))  # the others wait, to leave together
 
 
 def _folder(make: Callable[[], runs.RunFolder]) -> runs.RunFolder:
