@@ -60,7 +60,7 @@ class Experiment:
     evaluation: Any = None  # what is measured along training; a config with `build(context, data)`, see pjpo/evals
     keep_best_by: tuple[str, str] | None = None  # (metric, "max" or "min"): keep that checkpoint beside the last ones
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
-    pack: bool = False  # leave padding out of the computation; worth it where lengths vary
+    pack: bool = False  # leave padding out of the computation, and even batches out; worth it where lengths vary
     mesh: sharding.Config = dataclasses.field(default_factory=sharding.Config)
     seed: int = 0  # of the order of the data, of adapters, and of what the run samples
     wandb_project: str | None = None  # log to this project of Weights & Biases too; needs the extra wandb
@@ -236,22 +236,24 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     if data.sampled and distributed.is_first() and not (folder.path / PAIRS).exists():
         saved_data.save(folder.path / PAIRS, data)
     index, count = sharding.share(mesh)
+    num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
+    even = experiment.pack and not hasattr(experiment.method, "prepare")  # which adds tokens: packed after it, as it comes
     batches = Batches(
         data.train,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
         buckets=context.buckets,
+        num_groups=num_groups if even else None,
         shard_index=index,
         shard_count=count,
     )
     distributed.agree("data", batches.get_state())
     schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
-    num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
 
     def prepare(share: Batch) -> Batch:
         share = reference_model.attach(completed(experiment.method, share), mesh)
-        if experiment.pack:
+        if experiment.pack and share.packing is None:
             share = packing.pack(share, num_groups=num_groups // count, largest=distributed.largest)
         return sharding.place_share(share, mesh)
 

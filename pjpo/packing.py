@@ -15,6 +15,7 @@ def pack(
     prompt_step: int = 256,
     completion_step: int = 256,
     largest: Callable[[list[int]], list[int]] = lambda counts: counts,
+    places: tuple[int, int] | None = None,
 ) -> Batch:
     """The same batch with `packing` filled in: same log-probs to rounding, fewer positions computed.
 
@@ -26,9 +27,10 @@ def pack(
         completion_step: the same for completion tokens.
         largest: tokens of the fullest group here, prompts' and completions', to those anywhere: where each process
             packs its own prompts, all need one shape.
+        places: how many for prompt and for completion tokens, a group, instead of what the steps give.
 
     Raises:
-        ValueError: `num_groups` does not divide the batch.
+        ValueError: `num_groups` does not divide the batch, or a group has more tokens than places.
     """
     num_prompts, num_completions, length = batch.completion_tokens.shape
     if num_prompts % num_groups:
@@ -36,9 +38,15 @@ def pack(
     in_group = (num_groups, -1)
     prompt_slots = prompt_keys(batch.prompt_mask).reshape(in_group)
     completion_slots = np.asarray(batch.completion_mask).reshape(in_group)
-    most_prompt, most_completion = largest([int(slots.sum(1).max()) for slots in (prompt_slots, completion_slots)])
-    prompt_places = _round_up(most_prompt, prompt_step, prompt_slots.shape[1])
-    completion_places = _round_up(most_completion, completion_step, completion_slots.shape[1])
+    needed = largest([int(slots.sum(1).max()) for slots in (prompt_slots, completion_slots)])
+    prompt_places, completion_places = places or (
+        _round_up(needed[0], prompt_step, prompt_slots.shape[1]),
+        _round_up(needed[1], completion_step, completion_slots.shape[1]),
+    )
+    if prompt_places < needed[0] or completion_places < needed[1]:
+        raise ValueError(
+            f"places {places} do not hold the {needed[0]} prompt and {needed[1]} completion tokens of a group; use more"
+        )
     num_slots = prompt_slots.shape[1] + completion_slots.shape[1]
     num_places = prompt_places + completion_places
     slots = np.full((num_groups, num_places), num_slots, np.int32)

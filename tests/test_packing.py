@@ -86,3 +86,12 @@ def test_completions_look_back_at_all_but_the_last_prompt_token():
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="4 prompts cannot be packed into 3 equal groups; use a divisor"):
         pack(tiny.ragged(np.random.default_rng(0)), num_groups=3)
+
+
+def test_places_can_be_given():
+    batch = tiny.ragged(np.random.default_rng(0))
+    needed = int(prompt_keys(batch.prompt_mask).sum()), int(batch.completion_mask.sum())
+    packing = pack(batch, places=(needed[0] + 3, needed[1])).packing
+    assert (packing.num_prompt_places, packing.slots.shape) == (needed[0] + 3, (1, sum(needed) + 3))
+    with pytest.raises(ValueError, match=f"do not hold the {needed[0]} prompt and {needed[1]} completion tokens"):
+        pack(batch, places=(needed[0], needed[1] - 1))

@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 
 from pjpo.data.buckets import Buckets, lengths_of, pad
+from pjpo.data.dealing import deal
 from pjpo.data.examples import Example
+from pjpo.packing import pack
 from pjpo.types import Batch
+
+WINDOW = 32  # batches that are sorted together, unless told
+PACKED_WINDOW_ROWS = 65536  # the same where batches are packed
+SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # sizes of packed batches over the typical one; the last resort leaves nothing out
+PLACE_STEP = 8  # places are a multiple of this, which suits tensor cores
 
 
 class Batches(Iterator[Batch]):
@@ -19,6 +26,8 @@ class Batches(Iterator[Batch]):
 
     Rows that are left over at the end of the last epoch, too few for a batch, are dropped. Batches are made of rows of
     similar length: a window of several batches' rows is sorted by length, cut into batches, and these are shuffled.
+    Where batches are packed, those of one padded shape then exchange rows until they have the same number of tokens, so
+    that few packed shapes do for all, each nearly full; which rows a window holds does not change.
     Order and shapes are those of the whole batch, of which each host takes its own rows: shapes agree across hosts, and
     a run goes on with another number of them.
     """
@@ -32,7 +41,8 @@ class Batches(Iterator[Batch]):
         buckets: Buckets,
         shuffle: bool = True,
         num_epochs: int | None = None,
-        window: int = 32,
+        window: int | None = None,
+        num_groups: int | None = None,
         shard_index: int = 0,
         shard_count: int = 1,
     ):
@@ -45,7 +55,10 @@ class Batches(Iterator[Batch]):
             buckets: the sizes to pad to.
             shuffle: False keeps the order of `examples`, which leaves windows unsorted too.
             num_epochs: None goes on for ever.
-            window: batches whose rows are sorted by length together; 1 sorts nothing.
+            window: batches of one epoch whose rows are sorted by length together, at most; 1 sorts nothing. None is 32,
+                or an epoch of up to 65,536 rows where batches are packed.
+            num_groups: pack each batch into so many groups, over all hosts, see `pjpo.packing`; None packs nothing. It
+                changes the order of rows within a batch, not which they are.
             shard_index: which host this is, of `shard_count`.
             shard_count: hosts.
 
@@ -59,23 +72,32 @@ class Batches(Iterator[Batch]):
             ("seed", seed, 0),
             ("num_epochs", num_epochs, 1),
             ("window", window, 1),
+            ("num_groups", num_groups, 1),
             ("shard_count", shard_count, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         _check_shares(len(examples), batch_size, shard_index, shard_count)
+        if num_groups is not None and (batch_size % num_groups or num_groups % shard_count):
+            raise ValueError(
+                f"num_groups {num_groups} must divide batch_size {batch_size} and be divisible by shard_count "
+                f"{shard_count}; choose a batch_size that is a multiple of devices x microbatches"
+            )
         self.examples, self.buckets = examples, buckets
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        if window is None:
+            window = WINDOW if num_groups is None else max(WINDOW, PACKED_WINDOW_ROWS // batch_size)
         self._window = window if shuffle else 1
+        self._num_groups, self._shard_count = num_groups, shard_count
         share = batch_size // shard_count
         self._own = slice(shard_index * share, (shard_index + 1) * share)
         self._lengths = np.array([lengths_of(example) for example in examples])
+        self._tokens = np.array([_tokens_of(example) for example in examples])
         order = grain.MapDataset.range(len(examples)).seed(seed)
-        order = (order.shuffle() if shuffle else order).repeat(num_epochs)
-        order = order[: len(order) // batch_size * batch_size]
-        self._windows = order.batch(self._window * batch_size, batch_fn=np.array)
-        self._cut_window = functools.lru_cache(maxsize=1)(self._cut_window)
-        batches = grain.MapDataset.range(len(order) // batch_size).map(self._batch)
+        self._order = (order.shuffle() if shuffle else order).repeat(num_epochs)
+        self._num_batches = len(self._order) // batch_size
+        self._arrange = functools.lru_cache(maxsize=2)(self._arrange)
+        batches = grain.MapDataset.range(self._num_batches).map(self._batch)
         # No threads: a batch takes a fraction of a millisecond.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -115,26 +137,72 @@ class Batches(Iterator[Batch]):
             "seed": self._seed,
             "shuffle": self._shuffle,
             "window": self._window,
+            "packed": self._num_groups is not None,
             "buckets": [list(self.buckets.prompt_tokens), list(self.buckets.completion_tokens)],
             "num_examples": len(self.examples),
             "examples_sha256": digest.hexdigest(),
         }
 
     def _batch(self, index: int) -> Batch:
-        rows = self._cut_window(index // self._window)[index % self._window]
-        shape = self.buckets.fit(*self._lengths[rows].max(axis=0).tolist())  # of the whole batch
+        start, stop = self._window_around(index)
+        rows, shape = self._arrange(start, stop)[index - start]
+        if self._num_groups is None:
+            return self._pad(rows, shape)
+        rows = rows[deal(self._tokens[rows], len(rows) // self._num_groups, self._rng(index))]  # [groups, rows]
+        places = self._places(shape, self._tokens[rows].sum(1).max(0))
+        return pack(self._pad(rows.ravel(), shape), num_groups=self._num_groups // self._shard_count, places=places)
+
+    def _pad(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
         own = [self.examples[row] for row in rows[self._own]]
         return pad(own, shape, len(own))
 
-    def _cut_window(self, index: int) -> list[np.ndarray]:
-        rows = self._windows[index]
-        assert rows is not None, "nothing filters rows"
-        if self._window == 1:
-            return [rows]
-        prompts, completions = self._lengths[rows].T
-        sizes = np.searchsorted(self.buckets.completion_tokens, completions)
-        batches = rows[np.lexsort((prompts, sizes))].reshape(-1, self._batch_size)
-        return list(np.random.default_rng((self._seed, index)).permutation(batches))
+    def _rng(self, *place: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, *place))
+
+    def _window_around(self, index: int) -> tuple[int, int]:
+        """First batch of the window and one past its last: a part of the batches that begin in one epoch."""
+        num_rows = len(self.examples)
+        epoch = index * self._batch_size // num_rows
+        first, last = (-(-at * num_rows // self._batch_size) for at in (epoch, epoch + 1))
+        num_windows = -(-(last - first) // self._window)
+        size = -(-(last - first) // num_windows)
+        start = first + (index - first) // size * size
+        return start, min(start + size, last, self._num_batches)
+
+    def _arrange(self, start: int, stop: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
+        """The window's batches: rows and padded shape of each."""
+        rows = np.array([self._order[at] for at in range(start * self._batch_size, stop * self._batch_size)])
+        if self._window > 1:
+            prompts, completions = self._lengths[rows].T
+            rows = rows[np.lexsort((prompts, np.searchsorted(self.buckets.completion_tokens, completions)))]
+        batches = rows.reshape(-1, self._batch_size)
+        shapes = [self.buckets.fit(*self._lengths[batch].max(axis=0).tolist()) for batch in batches]
+        rng = self._rng(start)
+        if self._num_groups is not None:
+            for shape in sorted(set(shapes)):
+                alike = [number for number, other in enumerate(shapes) if other == shape]
+                rows = rng.permutation(batches[alike].ravel())
+                batches[alike] = rows[deal(self._tokens[rows], self._batch_size, rng)]
+        order = rng.permutation(len(batches)) if self._window > 1 else range(len(batches))
+        return [(batches[number], shapes[number]) for number in order]
+
+    def _places(self, shape: tuple[int, int], needed: np.ndarray) -> tuple[int, int]:
+        """The smallest of the few (prompt places, completion places) that batches of this padded shape may have."""
+        in_group = self._batch_size // (self._num_groups or 1)
+        most = in_group * np.array(shape) * [1, len(self.examples[0].completions)]
+        sizes = (self._typical_tokens.get(shape, most) * slack for slack in SLACKS)
+        sizes = (np.minimum(-(-size // PLACE_STEP) * PLACE_STEP, most) for size in sizes)
+        prompts, completions = next((size for size in sizes if (size >= needed).all()), most)
+        return int(prompts), int(completions)
+
+    @functools.cached_property
+    def _typical_tokens(self) -> dict[tuple[int, int], np.ndarray]:
+        """Mean tokens of a group, by padded shape, in the first window: by what packed sizes are planned."""
+        batches = self._arrange(*self._window_around(0))
+        of_shape: dict[tuple[int, int], list[np.ndarray]] = {}
+        for rows, shape in batches:
+            of_shape.setdefault(shape, []).append(self._tokens[rows].sum(0) / self._num_groups)
+        return {shape: np.maximum(np.mean(tokens, axis=0), 1) for shape, tokens in of_shape.items()}
 
 
 def in_order(examples: Sequence[Example], batch_size: int, buckets: Buckets) -> Iterator[Batch]:
@@ -142,6 +210,11 @@ def in_order(examples: Sequence[Example], batch_size: int, buckets: Buckets) -> 
     for start in range(0, len(examples), batch_size):
         rows = examples[start : start + batch_size]
         yield pad(rows, buckets.fit(*map(max, zip(*map(lengths_of, rows), strict=True))), batch_size)
+
+
+def _tokens_of(example: Example) -> tuple[int, int]:
+    """What an example computes where padding is left out: its prompt less the last token, and its completions."""
+    return max(len(example.prompt) - 1, 0), sum(map(len, example.completions))
 
 
 def _check_shares(num_examples: int, batch_size: int, shard_index: int, shard_count: int) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pjpo.data.batches import Batches, in_order
 from pjpo.data.buckets import Buckets
+from pjpo.packing import pack
 from tests.data.fakes import example
 
 
@@ -84,12 +85,13 @@ def test_windows_bring_similar_lengths_together():
     st.integers(0, 20),
     st.booleans(),
     st.sampled_from([None, 2]),
+    st.sampled_from([None, 1]),
 )
-def test_a_restored_position_goes_on_exactly(number, batch_size, window, stop, used, shuffle, num_epochs):
+def test_a_restored_position_goes_on_exactly(number, batch_size, window, stop, used, shuffle, num_epochs, num_groups):
+    settings = {"window": window, "shuffle": shuffle, "seed": 3, "num_epochs": num_epochs, "num_groups": num_groups}
+
     def fresh():
-        return make(
-            make_examples(number), batch_size=batch_size, window=window, shuffle=shuffle, seed=3, num_epochs=num_epochs
-        )
+        return make(make_examples(number), batch_size=batch_size, **settings)
 
     batches = fresh()
     for _ in itertools.islice(batches, stop):
@@ -114,6 +116,7 @@ def test_a_restored_position_goes_on_exactly(number, batch_size, window, stop, u
         ({"seed": 1}, "seed was 0 then, 1 now"),
         ({"shuffle": False}, "shuffle was True then, False now"),
         ({"window": 2}, "window was 32 then, 2 now"),
+        ({"num_groups": 2}, "packed was False then, True now"),
         ({"buckets": Buckets((99,), (99,))}, r"buckets was .* then, \[\[99\], \[99\]\] now"),
         ({"examples": make_examples(15)}, "num_examples was 16 then, 15 now"),
         ({"examples": make_examples(16, seed=1)}, "examples_sha256 was"),
@@ -127,14 +130,61 @@ def test_a_position_in_something_else_is_refused(change, named):
         other.set_state(state)
 
 
-def test_hosts_share_each_batch_and_its_shape():
+@pytest.mark.parametrize("num_groups", [None, 4])
+def test_hosts_share_each_batch_and_its_shape(num_groups):
     examples = make_examples(24)
-    whole = list(make(examples, batch_size=8, num_epochs=2))
-    shards = [make(examples, batch_size=8, num_epochs=2, shard_index=i, shard_count=4) for i in range(4)]
+    settings = {"batch_size": 8, "num_epochs": 2, "num_groups": num_groups}
+    whole = list(make(examples, **settings))
+    shards = [make(examples, **settings, shard_index=i, shard_count=4) for i in range(4)]
     assert len(whole) == 6
     for batch, *parts in zip(whole, *shards, strict=True):
         assert_same(jax.tree.map(lambda *rows: np.concatenate(rows), *parts), batch)
-    assert shards[1].get_state() == make(examples, batch_size=8).get_state() | {"position": {"next_index": 6}}
+    assert shards[1].get_state() == make(examples, **settings).get_state() | {"position": {"next_index": 6}}
+
+
+@settings(max_examples=20)
+@given(st.integers(8, 60), st.sampled_from([4, 8]), st.integers(1, 9) | st.none(), st.integers(0, 99))
+def test_packing_changes_no_row_of_a_window(number, batch_size, window, seed):
+    examples = make_examples(number)
+    settings = {"batch_size": batch_size, "seed": seed, "num_epochs": 3}
+    packed = make(examples, **settings, window=window, num_groups=1)
+    plain = make(examples, **settings, window=packed._window)
+    start, num_batches = 0, 3 * number // batch_size
+    found, expected = places(packed), places(plain)
+    assert len(found) == len(expected) == num_batches
+    while start < num_batches:  # the same rows, in other batches
+        _, stop = packed._window_around(start)
+        assert np.array_equal(np.sort(found[start:stop], axis=None), np.sort(expected[start:stop], axis=None))
+        start = stop
+
+
+def test_a_window_ends_with_its_epoch():
+    rows = places(make(make_examples(10), batch_size=4, num_epochs=4, window=100))
+    # Batches 0-2 begin in the first epoch (rows 0-9), 3 and 4 in the second, ...
+    assert [make(make_examples(10), batch_size=4, window=100)._window_around(i) for i in (0, 2, 3, 4, 5)] == [
+        (0, 3),
+        (0, 3),
+        (3, 5),
+        (3, 5),
+        (5, 8),
+    ]
+    counts = np.bincount(np.concatenate(rows), minlength=10)
+    assert counts.tolist() == [4] * 10
+
+
+def test_which_rows_a_packed_batch_has_does_not_depend_on_the_devices():
+    examples = make_examples(64)
+    orders = [places(make(examples, batch_size=8, num_epochs=2, num_groups=groups)) for groups in (1, 2, 4)]
+    assert [list(map(sorted, order)) for order in orders[1:]] == [list(map(sorted, orders[0]))] * 2
+
+
+def test_packed_batches_are_packed_by_groups():
+    for batch in make(make_examples(64), batch_size=8, num_epochs=1, num_groups=2):
+        assert_same(batch.packing, pack(batch, num_groups=2, places=places_of(batch.packing)).packing)
+
+
+def places_of(packing):
+    return packing.num_prompt_places, packing.slots.shape[1] - packing.num_prompt_places
 
 
 def test_evaluation_sees_every_example_once_and_fills_up_with_nothing():
@@ -159,6 +209,9 @@ def test_evaluation_sees_every_example_once_and_fills_up_with_nothing():
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"batch_size": 12, "shard_count": 8}, "batch_size 12 is not divisible by shard_count 8; use 8 or 16"),
         ({"batch_size": 4, "shard_count": 8}, "batch_size 4 is not divisible by shard_count 8; use 8$"),
+        ({"num_groups": 0}, "num_groups must be >= 1, got 0"),
+        ({"num_groups": 3}, "num_groups 3 must divide batch_size 4"),
+        ({"num_groups": 1, "shard_count": 2}, "num_groups 1 must .* be divisible by shard_count 2"),
         ({"shard_index": 2, "shard_count": 2}, "shard_index must be in 0..1 as shard_count is 2, got 2"),
         ({"shard_index": -1}, "shard_index must be in 0..0"),
     ],
