@@ -13,6 +13,8 @@ CORE = [
     "tensorflow-datasets==4.9.10",  # its builders, read without TensorFlow; other versions differ in what that needs
     "importlib_resources>=6",  # a TFDS builder that lives in a package imports it and does not declare it
     "array-record>=0.8.6",  # the file format of those builders
+    "pyarrow>=20",  # Parquet files; TFDS installs it anyway, so a lighter reader would only be one more package
+    "rich>=14",  # rows in colour and tables in a terminal; Flax installs it anyway
     "sentencepiece>=0.2.1",  # SentencePiece vocabularies
     "tokenizers>=0.23",  # byte-level BPE and tokenizer.json files
     "huggingface_hub<1",  # used by tokenizers alone; from 1.0 on it brings a second HTTP stack of six packages

@@ -2,7 +2,7 @@
 
     python -m experiments.dpo_hh --data.path pairs.jsonl.gz
 
-Reads JSON lines (gzipped or not) or a TFDS data set. The reference's log-probs are computed once and stored on disk.
+Reads JSON lines (gzipped or not), Parquet or a TFDS data set. The reference's log-probs are computed once and stored.
 Held-out loss and reward accuracy along training; on two CPU cores about 20 seconds an update.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from pjpo.data.examples import Data
 from pjpo.evals import token_rewards
 from pjpo.evals.result import side_by_side
 from pjpo.models import lora
+from pjpo.per_source import per_source
 from pjpo.types import Batch
 
 PAIRS = "pairs.jsonl"  # in a run's folder: data that the run sampled itself
@@ -133,6 +135,8 @@ def describe(value: Any) -> Any:
             {} if isinstance(value, Experiment) else {"config": f"{type(value).__module__}.{type(value).__qualname__}"}
         )
         return kind | fields
+    if isinstance(value, tuple):
+        return [describe(item) for item in value]
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
 
@@ -143,6 +147,8 @@ def recall(value: Any, described: Any) -> Any:
         return dataclasses.replace(value, **{name: recall(getattr(value, name), described[name]) for name in fields})
     if callable(value):
         return value
+    if isinstance(value, tuple) and isinstance(described, list) and len(value) == len(described):
+        return tuple(recall(item, there) for item, there in zip(value, described, strict=True))
     if isinstance(value, float) and isinstance(described, str):
         return float(described)  # what is not finite, as a run's folder spells it
     return tuple(described) if isinstance(described, list) else described
@@ -224,7 +230,8 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     kept = resumed / PAIRS if resumed else None
     data = saved_data.load(kept) if kept and kept.exists() else experiment.data.build(context)
     say(data.about)
-    context = dataclasses.replace(context, buckets=Buckets.of(data.train + data.held_out))
+    loss = per_source(experiment.loss, data.sources) if data.sources else experiment.loss
+    context = dataclasses.replace(context, loss=loss, buckets=Buckets.of(itertools.chain(data.train, data.held_out)))
     evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None
     return _Parts(context=context, data=data, reference_model=reference_model, evaluate=evaluate, state_key=state_key)
 
@@ -244,6 +251,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
         seed=experiment.seed,
         buckets=context.buckets,
         num_groups=num_groups if even else None,
+        weights=data.weights,
         shard_index=index,
         shard_count=count,
     )
@@ -263,7 +271,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     state = train.train(
         experiment.loop,
         update=step.make_update(
-            experiment.loss,
+            context.loss,
             experiment.method,
             policy,
             optimizer,

@@ -47,6 +47,7 @@ class Batch:
     rewards: Float[Array, "B N"] | Float[Array, "B N T"] | None = None
     advantages: Float[Array, "B N"] | Float[Array, "B N T"] | None = None
     labels: Array | None = None  # as the method defines
+    sources: Int[Array, " B"] | None = None  # where data is mixed: which source each prompt came from
     old_logps: Float[Array, "B N T"] | None = None
     ref_logps: Float[Array, "B N T"] | None = None
     values: Float[Array, "B N T"] | None = None
@@ -79,7 +80,7 @@ class Batch:
         given.setdefault("loss_mask", given["completion_mask"])
         allowed = {name: [tokens] for name in ("completion_mask", "loss_mask", "old_logps", "ref_logps", "values")}
         allowed |= {name: [tokens, tokens[:2]] for name in ("rewards", "advantages", "labels")}
-        allowed |= {"prompt_tokens": [(tokens[0], prompts[1])], "prompt_mask": [prompts]}
+        allowed |= {"sources": [tokens[:1]], "prompt_tokens": [(tokens[0], prompts[1])], "prompt_mask": [prompts]}
         for name, shapes in allowed.items():
             if name in given and np.shape(given[name]) not in shapes:
                 raise ValueError(f"{name} has shape {np.shape(given[name])}, allowed: {' or '.join(map(str, shapes))}")

@@ -15,11 +15,12 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from experiments import registry
 from pjpo import experiment, reference, runs, train
 from pjpo.checkpoints import Checkpoints
-from pjpo.data import preference
+from pjpo.data import mixture, preference
 from pjpo.data.buckets import Buckets, collate
 from pjpo.evals.result import Result
 from tests import tiny_run
@@ -325,6 +326,43 @@ def test_stored_log_probs_serve_held_out_examples_too(tmp_path, model, monkeypat
     assert (store.hits, store.misses) == (hits + 2 * 8, misses)
     losses = runs.read(folder).metrics["eval/loss"][1]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5) != losses[-1]
+
+
+MIXED = mixture.Config(
+    parts=(
+        mixture.Part(name="a", data=tiny_run.Pairs(), weight=3.0),
+        mixture.Part(name="b", data=tiny_run.Pairs(num_pairs=48)),
+    )
+)
+
+
+def test_mixed_data_is_logged_by_source_too(tmp_path, model):
+    value = registry.override(tiny_run.EXPERIMENT, QUICK | {"model.source": str(model), "data": MIXED})
+    run = runs.read(experiment.run("tiny", value, root=tmp_path))
+
+    def last(metric):
+        return run.metrics[metric][1][-1]
+
+    for metric in ("loss", "rewards/margins"):
+        assert last(f"source/a/{metric}") != last(f"source/b/{metric}")
+        parts = sorted(last(f"source/{name}/{metric}") for name in "ab")
+        assert parts[0] <= last(metric) <= parts[1]
+    held_out = np.mean([last(f"eval/source/{name}/loss") for name in "ab"])  # eight pairs each
+    assert last("eval/loss") == pytest.approx(held_out, abs=1e-6)
+    assert {name for name in run.summary if name.startswith("counts/")} == {"counts/a/rows", "counts/b/rows"}
+    assert experiment.recall(value, run.config) == value
+
+
+def test_the_parts_of_a_mixture_are_settings():
+    value = dataclasses.replace(tiny_run.EXPERIMENT, data=MIXED)
+    options = tyro.cli(
+        registry.Options,
+        default=registry.Options(experiment=value),
+        args=["--data.parts.1.weight", "2.5", "--data.parts.0.data.num-pairs", "16"],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    parts = options.experiment.data.parts
+    assert (parts[1].weight, parts[0].weight, parts[0].data.num_pairs) == (2.5, 3, 16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pjpo.data.arrange import PackedSizes, arrange
 from pjpo.data.buckets import Buckets, lengths_of, pad
 from pjpo.data.dealing import deal
 from pjpo.data.examples import Example
@@ -17,8 +18,6 @@ from pjpo.types import Batch
 
 WINDOW = 32  # batches that are sorted together, unless told
 PACKED_WINDOW_ROWS = 65536  # the same where batches are packed
-SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # sizes of packed batches over the typical one; the last resort leaves nothing out
-PLACE_STEP = 8  # places are a multiple of this, which suits tensor cores
 
 
 class Batches(Iterator[Batch]):
@@ -43,6 +42,7 @@ class Batches(Iterator[Batch]):
         num_epochs: int | None = None,
         window: int | None = None,
         num_groups: int | None = None,
+        weights: Sequence[float] = (),
         shard_index: int = 0,
         shard_count: int = 1,
     ):
@@ -59,6 +59,7 @@ class Batches(Iterator[Batch]):
                 or an epoch of up to 65,536 rows where batches are packed.
             num_groups: pack each batch into so many groups, over all hosts, see `pjpo.packing`; None packs nothing. It
                 changes the order of rows within a batch, not which they are.
+            weights: where data is mixed, the share of each `Example.source`; epochs have no meaning then.
             shard_index: which host this is, of `shard_count`.
             shard_count: hosts.
 
@@ -91,10 +92,23 @@ class Batches(Iterator[Batch]):
         self._num_groups, self._shard_count = num_groups, shard_count
         share = batch_size // shard_count
         self._own = slice(shard_index * share, (shard_index + 1) * share)
-        self._lengths = np.array([lengths_of(example) for example in examples])
-        self._tokens = np.array([_tokens_of(example) for example in examples])
-        order = grain.MapDataset.range(len(examples)).seed(seed)
-        self._order = (order.shuffle() if shuffle else order).repeat(num_epochs)
+        sizes = np.array([(*lengths_of(example), *_tokens_of(example)) for example in examples])
+        self._lengths, self._tokens = sizes[:, :2], sizes[:, 2:]
+        if weights and num_epochs is not None:
+            raise ValueError(f"num_epochs must be None where sources are mixed by weight, got {num_epochs}")
+        self._weights = tuple(weights)
+
+        def repeated(rows: np.ndarray, seed: int):
+            order = grain.MapDataset.range(len(rows)).seed(seed)
+            return (order.shuffle() if shuffle else order).repeat(num_epochs).map(lambda at: rows[at])
+
+        if weights:
+            sources = np.array([example.source for example in examples])
+            seeds = np.random.SeedSequence(seed).generate_state(len(weights)).tolist()
+            parts = [repeated(np.flatnonzero(sources == number), seeds[number]) for number in range(len(weights))]
+            self._order = grain.MapDataset.mix(parts, weights)
+        else:
+            self._order = repeated(np.arange(len(examples)), seed)
         self._num_batches = len(self._order) // batch_size
         self._arrange = functools.lru_cache(maxsize=2)(self._arrange)
         batches = grain.MapDataset.range(self._num_batches).map(self._batch)
@@ -138,6 +152,7 @@ class Batches(Iterator[Batch]):
             "shuffle": self._shuffle,
             "window": self._window,
             "packed": self._num_groups is not None,
+            "weights": list(self._weights),
             "buckets": [list(self.buckets.prompt_tokens), list(self.buckets.completion_tokens)],
             "num_examples": len(self.examples),
             "examples_sha256": digest.hexdigest(),
@@ -149,7 +164,7 @@ class Batches(Iterator[Batch]):
         if self._num_groups is None:
             return self._pad(rows, shape)
         rows = rows[deal(self._tokens[rows], len(rows) // self._num_groups, self._rng(index))]  # [groups, rows]
-        places = self._places(shape, self._tokens[rows].sum(1).max(0))
+        places = self._packed_sizes.fit(shape, self._tokens[rows].sum(1).max(0))
         return pack(self._pad(rows.ravel(), shape), num_groups=self._num_groups // self._shard_count, places=places)
 
     def _pad(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
@@ -172,37 +187,17 @@ class Batches(Iterator[Batch]):
     def _arrange(self, start: int, stop: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
         """The window's batches: rows and padded shape of each."""
         rows = np.array([self._order[at] for at in range(start * self._batch_size, stop * self._batch_size)])
-        if self._window > 1:
-            prompts, completions = self._lengths[rows].T
-            rows = rows[np.lexsort((prompts, np.searchsorted(self.buckets.completion_tokens, completions)))]
-        batches = rows.reshape(-1, self._batch_size)
-        shapes = [self.buckets.fit(*self._lengths[batch].max(axis=0).tolist()) for batch in batches]
-        rng = self._rng(start)
-        if self._num_groups is not None:
-            for shape in sorted(set(shapes)):
-                alike = [number for number, other in enumerate(shapes) if other == shape]
-                rows = rng.permutation(batches[alike].ravel())
-                batches[alike] = rows[deal(self._tokens[rows], self._batch_size, rng)]
-        order = rng.permutation(len(batches)) if self._window > 1 else range(len(batches))
-        return [(batches[number], shapes[number]) for number in order]
-
-    def _places(self, shape: tuple[int, int], needed: np.ndarray) -> tuple[int, int]:
-        """The smallest of the few (prompt places, completion places) that batches of this padded shape may have."""
-        in_group = self._batch_size // (self._num_groups or 1)
-        most = in_group * np.array(shape) * [1, len(self.examples[0].completions)]
-        sizes = (self._typical_tokens.get(shape, most) * slack for slack in SLACKS)
-        sizes = (np.minimum(-(-size // PLACE_STEP) * PLACE_STEP, most) for size in sizes)
-        prompts, completions = next((size for size in sizes if (size >= needed).all()), most)
-        return int(prompts), int(completions)
+        lengths, tokens = self._lengths[rows], self._tokens[rows] if self._num_groups else None
+        if self._window == 1:
+            return [(rows, self.buckets.fit(*lengths.max(axis=0).tolist()))]
+        batches = arrange(lengths, tokens, self.buckets, self._batch_size, self._rng(start))
+        return [(rows[batch], shape) for batch, shape in batches]
 
     @functools.cached_property
-    def _typical_tokens(self) -> dict[tuple[int, int], np.ndarray]:
-        """Mean tokens of a group, by padded shape, in the first window: by what packed sizes are planned."""
-        batches = self._arrange(*self._window_around(0))
-        of_shape: dict[tuple[int, int], list[np.ndarray]] = {}
-        for rows, shape in batches:
-            of_shape.setdefault(shape, []).append(self._tokens[rows].sum(0) / self._num_groups)
-        return {shape: np.maximum(np.mean(tokens, axis=0), 1) for shape, tokens in of_shape.items()}
+    def _packed_sizes(self) -> PackedSizes:
+        """Of the first window, wherever a run begins: a run that goes on has the same shapes."""
+        num_completions = len(self.examples[0].completions)
+        return PackedSizes(self._arrange(*self._window_around(0)), self._tokens, self._num_groups, num_completions)
 
 
 def in_order(examples: Sequence[Example], batch_size: int, buckets: Buckets) -> Iterator[Batch]:

@@ -87,19 +87,32 @@ def pad(examples: Sequence[Example], shape: tuple[int, int], num_rows: int) -> B
             f"a batch needs one number of completions: {examples[0].id} has {N}, {others[0].id} has "
             f"{len(others[0].completions)}; do not mix data of different kinds"
         )
+    labelled, mixed = examples[0].labels is not None, examples[0].source is not None
+    others = [example for example in examples if (example.labels is not None) != labelled]
+    if others:
+        raise ValueError(f"only one of {examples[0].id} and {others[0].id} has labels; do not mix data of two kinds")
     prompt_tokens, prompt_mask = np.zeros((num_rows, P), np.int32), np.zeros((num_rows, P), bool)
     completion_tokens, completion_mask = np.zeros((num_rows, N, T), np.int32), np.zeros((num_rows, N, T), bool)
+    loss_mask, labels = np.zeros((num_rows, N, T), bool), np.zeros((num_rows, N), bool)
+    sources = np.zeros(num_rows, np.int32)
     for b, example in enumerate(examples):
         prompt_tokens[b, : len(example.prompt)] = example.prompt
         prompt_mask[b, : len(example.prompt)] = True
+        sources[b] = example.source or 0
+        if example.labels is not None:
+            labels[b] = example.labels
         for n, completion in enumerate(example.completions):
             completion_tokens[b, n, : len(completion)] = completion
             completion_mask[b, n, : len(completion)] = True
+            loss_mask[b, n, : len(completion)] = True if example.loss_masks is None else example.loss_masks[n]
     return Batch.of(
         prompt_tokens=prompt_tokens,
         prompt_mask=prompt_mask,
         completion_tokens=completion_tokens,
         completion_mask=completion_mask,
+        loss_mask=loss_mask,
+        labels=labels if labelled else None,
+        sources=sources if mixed else None,
     )
 
 

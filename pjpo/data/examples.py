@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+
+from pjpo.data.scratch import Scratch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,17 +21,73 @@ class Example:
 
     prompt: Int[np.ndarray, " p"]
     completions: tuple[np.ndarray, ...]  # int32 each; the end-of-sequence token included
-    columns: dict[str, Any]  # the rest of the row (labels, answers, ...), as JSON knows it
+    columns: dict[str, Any]  # the rest of the row (answers, scores, ...), as JSON knows it
     id: str  # where the row came from: source:line
+    loss_masks: tuple[np.ndarray, ...] | None = None  # bool, which tokens of each completion count; None: all
+    labels: tuple[bool, ...] | None = None  # of each completion, whether it is desirable
+    source: int | None = None  # which of `Data.sources`
+
+
+class Examples(Sequence[Example]):
+    """Examples on disk (see `Scratch`): eight bytes of memory each, however long they are."""
+
+    def __init__(self, examples: Iterable[Example] = ()):
+        self._scratch, self._starts = Scratch(), array.array("Q")
+        for example in examples:
+            self.append(example)
+
+    def append(self, example: Example) -> None:
+        masks = example.loss_masks or ()
+        head = {
+            "sizes": [len(example.prompt), *map(len, example.completions)],
+            "masked": example.loss_masks is not None,
+            "rest": [example.columns, example.id, example.labels, example.source],
+        }
+        arrays = [np.asarray(x, np.int32) for x in (example.prompt, *example.completions, *masks)]
+        body = json.dumps(head).encode() + b"\n" + b"".join(x.tobytes() for x in arrays)
+        self._starts.append(self._scratch.append(len(body).to_bytes(8, "little") + body))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        start = self._starts[index]
+        length = int.from_bytes(self._scratch.read(start, 8), "little")
+        head, _, body = self._scratch.read(start + 8, length).partition(b"\n")
+        head = json.loads(head)
+        sizes, masked = head["sizes"], head["masked"]
+        ends = np.cumsum([*sizes, *sizes[1:] * masked])
+        prompt, *parts = np.split(np.frombuffer(body, np.int32), ends[:-1])
+        num_completions = len(sizes) - 1
+        columns, id, labels, source = head["rest"]
+        return Example(
+            prompt=prompt,
+            completions=tuple(parts[:num_completions]),
+            columns=columns,
+            id=id,
+            loss_masks=tuple(part.astype(bool) for part in parts[num_completions:]) if masked else None,
+            labels=None if labels is None else tuple(labels),
+            source=source,
+        )
+
+    def take(self, rows: Iterable[int]) -> Examples:
+        """These examples, in this order, in the same file."""
+        taken = object.__new__(Examples)
+        taken._scratch, taken._starts = self._scratch, array.array("Q", (self._starts[row] for row in rows))
+        return taken
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     counts: dict[str, int]  # rows read, used, skipped by reason, and what was noticed
     about: str  # the same to read, with examples of each
     sampled: bool = False  # drawn from the policy, so that a run keeps it in its folder and goes on with it
+    sources: tuple[str, ...] = ()  # names, where there are several; `Example.source` is a place here
+    weights: tuple[float, ...] = ()  # their shares of training, which add up to 1
 
 
 class Tally:
@@ -43,18 +103,20 @@ class Tally:
         if place is not None and len(self._places[what]) < 3:
             self._places[what].append(place)
 
+    def places(self, what: str) -> list[str]:
+        """The first three, and "..." where there are more."""
+        places = self._places.get(what, [])
+        return places + ["..."] * (0 < len(places) < self.counts[what])
+
     def __str__(self) -> str:
         lines = []
         for what, count in self.counts.items():
-            places = self._places[what]
-            more = ", ..." if count > len(places) else ""
-            lines.append(f"  {what}: {count}" + (f" ({', '.join(places)}{more})" if places else ""))
+            places = self.places(what)
+            lines.append(f"  {what}: {count}" + (f" ({', '.join(places)})" if places else ""))
         return "\n".join(lines)
 
 
-def hold_out(
-    examples: Sequence[Example], prompts: Sequence[str], num_held_out: int, seed: int
-) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: Examples, prompts: Sequence[bytes], num_held_out: int, seed: int) -> tuple[Examples, Examples]:
     """Split into (train, held out), at random. All examples of one prompt go to the same side.
 
     Args:
@@ -78,7 +140,5 @@ def hold_out(
             f"num_held_out {num_held_out} is too many for {len(examples)} examples of {len(groups)} prompts, "
             f"as a prompt is held out as a whole; use at most {max(0, min(len(held_out), len(examples) - 1))}"
         )
-    sides = [[], []]
-    for index, example in enumerate(examples):
-        sides[index in held_out].append(example)
-    return sides[0], sides[1]
+    everything = range(len(examples))
+    return examples.take(row for row in everything if row not in held_out), examples.take(sorted(held_out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,16 +12,16 @@ import tqdm
 
 from pjpo import distributed
 from pjpo.data.encode import CutCompletion, CutPrompt, Limits, encode
-from pjpo.data.examples import Data, Example, Tally, hold_out
+from pjpo.data.examples import Data, Examples, Tally, hold_out
 from pjpo.data.rows import Row, Skip
 from pjpo.data.sources import open_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Rows of a .jsonl or .jsonl.gz file, or of a TFDS data set (its folder, or tfds:name; #split behind either)."""
+    """Rows of any source that `pjpo.data.sources` opens."""
 
-    path: str
+    path: str  # a .jsonl, .jsonl.gz or .parquet file, or a folder; see pjpo/data/sources.py
     held_out_path: str | None = None  # rows to evaluate on
     num_held_out: int = 0  # or so many of the rows under `path`, whole prompts, drawn by `seed`
     num_rows: int | None = None  # read only the first so many
@@ -28,7 +29,7 @@ class Prompts:
     max_prompt_tokens: int | None = None
     cut_prompt: CutPrompt = "never"  # side to cut a longer prompt at; "never" skips the row
 
-    read_row: ClassVar[Callable[[dict], Row]]
+    read_row: ClassVar[Callable[..., Row]]
 
     def __post_init__(self):
         for name, least in (("num_held_out", 0), ("num_rows", 1), ("seed", 0)):
@@ -45,7 +46,7 @@ class Prompts:
         return Limits(**{name: getattr(self, name) for name in names})
 
     def build(self, context: Any) -> Data:
-        """Read and encode all rows with `context.tokenizer`.
+        """Read and encode all rows with `context.tokenizer`, one at a time; the examples are on disk.
 
         Raises:
             FileNotFoundError: there is no such file; names what is near.
@@ -62,8 +63,8 @@ class Prompts:
         about += f"\n{len(train)} examples to train on, {len(held_out)} held out"
         return Data(train=train, held_out=held_out, counts=dict(counts), about=about)
 
-    def _read(self, path: str, tokenizer: Any) -> tuple[list[Example], list[str], Tally]:
-        source, tally, examples, prompts = open_source(path), Tally(), [], []
+    def _read(self, path: str, tokenizer: Any) -> tuple[Examples, list[bytes], Tally]:
+        source, tally, examples, prompts = open_source(path), Tally(), Examples(), []
         limits = self.limits
         tally.counts["rows"] = min(len(source), self.num_rows or len(source))
         for index in tqdm.tqdm(
@@ -71,9 +72,10 @@ class Prompts:
         ):
             row, place = source[index], source.place(index)
             try:
-                row = type(self).read_row(row)
+                row = self.read_row(row)
                 examples.append(encode(row, place, tokenizer, limits, tally))
-                prompts.append(repr(row.prompt or row.completions))  # plain text has no prompt but itself
+                shared = repr(row.prompt or row.completions)  # plain text has no prompt but itself
+                prompts.append(hashlib.sha256(shared.encode(errors="surrogatepass")).digest()[:16])
             except Skip as reason:
                 tally.add(f"skipped, {reason}", place)
             except ValueError as error:

@@ -2,7 +2,8 @@
 
 - preference: `prompt`, `chosen`, `rejected`; without `prompt`, what the other two share at their start is the prompt.
 - two whole dialogues of the HH data set: the prompt goes up to the last "\n\nAssistant:", which must be shared.
-- supervised: `prompt`, `completion`; or a plain `text`, learned from its second token on.
+- unpaired: `prompt`, `completion`, `label`: true where the completion is desirable.
+- supervised: `prompt`, `completion`; or `messages`, a chat; or a plain `text`, learned from its second token on.
 - prompt-only: `prompt`.
 
 Every other column passes through.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 TURN = "\n\nAssistant:"  # what the last answer of an HH dialogue follows
+ASSISTANT = "assistant"  # the role
+Turns = Literal["last", "all"]
 
 
 class Skip(Exception):
@@ -28,6 +31,7 @@ class Row:
     prompt: str | list
     completions: tuple
     columns: dict[str, Any]
+    labels: tuple[bool, ...] | None = None  # of each completion, whether it is desirable
 
 
 def preference(row: dict[str, Any]) -> Row:
@@ -47,13 +51,39 @@ def preference(row: dict[str, Any]) -> Row:
     return _checked(row, fields, prompt, chosen, rejected)
 
 
-def supervised(row: dict[str, Any]) -> Row:
-    """One completion. Raises as `preference` does."""
-    fields = _take(row, ("prompt", "completion"), ("text",))
-    if "text" not in fields:
+def unpaired(row: dict[str, Any]) -> Row:
+    """One completion and its label. Raises as `preference` does, and for a label that is neither true nor false."""
+    fields = _take(row, ("prompt", "completion", "label"))
+    label = fields["label"]
+    if not isinstance(label, bool) and label not in (0, 1):
+        raise ValueError(
+            f"column 'label' must be true (a desirable completion) or false, or 1 or 0; got {label!r:.200}"
+        )
+    read = _checked(row, fields, fields["prompt"], fields["completion"])
+    return dataclasses.replace(read, labels=(bool(label),))
+
+
+def supervised(row: dict[str, Any], *, turns: Turns = "last") -> Row:
+    """One completion. Raises as `preference` does.
+
+    Args:
+        row: the columns.
+        turns: of `messages`, whether the last turn of the assistant is the completion, or all that follows the first.
+    """
+    fields = _take(row, ("prompt", "completion"), ("messages",), ("text",))
+    if "completion" in fields:
         return _checked(row, fields, fields["prompt"], fields["completion"])
+    if "messages" in fields:
+        messages = fields["messages"]
+        if isinstance(messages, str):
+            raise ValueError("column 'messages' must hold chat messages; text goes into 'text'")
+        roles = [message["role"] for message in messages]
+        if not roles or roles[-1] != ASSISTANT:
+            raise Skip("chat that does not end with the assistant")
+        first = len(roles) - 1 if turns == "last" else roles.index(ASSISTANT)
+        return _checked(row, fields, messages[:first], messages[first:])
     if not isinstance(fields["text"], str):
-        raise ValueError("column 'text' must hold text; chat messages go into 'prompt' and 'completion'")
+        raise ValueError("column 'text' must hold text; chat messages go into 'messages'")
     if _is_empty(fields["text"]):
         raise Skip("empty text")
     return Row("", (fields["text"],), _others(row, fields))
@@ -76,7 +106,7 @@ def _take(row: dict[str, Any], *allowed: tuple[str, ...]) -> dict[str, Any]:
         choices = "; or ".join(", ".join(names) for names in allowed)
         raise ValueError(f"columns found: {', '.join(found) or 'none'}; needed: {choices}. Rename or add columns")
     for name, value in fields.items():
-        if not isinstance(value, str) and not _is_chat(value):
+        if name != "label" and not isinstance(value, str) and not _is_chat(value):
             raise ValueError(
                 f"column {name!r} must hold text, or chat messages with role and content; got {value!r:.200}"
             )
@@ -91,13 +121,16 @@ def _is_chat(value: Any) -> bool:
 
 
 def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """HH's dialogues at their last answer; other texts and chats where TRL's `extract_prompt` splits them."""
     if all(isinstance(text, str) and TURN in text for text in (chosen, rejected)):
         ends = [text.rindex(TURN) + len(TURN) for text in (chosen, rejected)]
         if chosen[: ends[0]] != rejected[: ends[1]]:
             raise Skip("dialogues whose prompts differ")
         return chosen[: ends[0]], chosen[ends[0] :], rejected[ends[1] :]
     shared = shared_length(chosen, rejected)
-    if isinstance(chosen, str) and chosen[:shared].endswith(" "):  # a space belongs to the word after it, as in TRL
+    if shared == min(len(chosen), len(rejected)):  # one begins with the other: its end is left to be a completion
+        shared = max(shared - 1, 0)
+    elif isinstance(chosen, str) and chosen[:shared].endswith(" "):  # a space belongs to the word after it
         shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -110,14 +143,15 @@ def shared_length(a: Sequence, b: Sequence) -> int:
 
 def _checked(row: dict[str, Any], fields: dict[str, Any], prompt: Any, *completions: Any) -> Row:
     if len({type(text) for text in (prompt, *completions)}) > 1:
-        kinds = ", ".join(f"{name} {'text' if isinstance(fields[name], str) else 'messages'}" for name in fields)
+        texts = {name: value for name, value in fields.items() if name != "label"}
+        kinds = ", ".join(f"{name} {'text' if isinstance(value, str) else 'messages'}" for name, value in texts.items())
         raise ValueError(f"text and chat messages are mixed ({kinds}); give all as text, or all as messages")
     if _is_empty(prompt):
         raise Skip("empty prompt")
     if any(_is_empty(completion) for completion in completions):
         raise Skip("empty completion")
-    if any(isinstance(chat, list) and [m["role"] for m in chat] != ["assistant"] for chat in completions):
-        raise Skip("completion that is not one message of the assistant")
+    if any(isinstance(chat, list) and {chat[0]["role"], chat[-1]["role"]} != {ASSISTANT} for chat in completions):
+        raise Skip("completion that does not begin and end with the assistant")
     return Row(prompt, completions, _others(row, fields))
 
 

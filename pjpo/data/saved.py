@@ -1,33 +1,50 @@
 """Built data on disk, so that a run that goes on trains on what it began with."""
 
+import dataclasses
 import json
 import pathlib
 
 import numpy as np
 
-from pjpo.data.examples import Data, Example
+from pjpo.data.examples import Data, Example, Examples
 from pjpo.runs import write_whole
+
+ABOUT = ("counts", "about", "sources", "weights", "sampled")
 
 
 def save(path: pathlib.Path, data: Data) -> None:
     """Built data as JSON lines, a row for each example; whole or not at all."""
-    rows = [{"counts": data.counts, "about": data.about}]
+    rows: list[dict] = [{name: getattr(data, name) for name in ABOUT}]
     for part in ("train", "held_out"):
         for example in getattr(data, part):
-            completions = [completion.tolist() for completion in example.completions]
-            rows.append(
-                {"part": part, "prompt": example.prompt.tolist(), "completions": completions}
-                | {"columns": example.columns, "id": example.id}
-            )
+            fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
+            rows.append({"part": part} | {name: _plain(value) for name, value in fields.items()})
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load(path: pathlib.Path) -> Data:
     """What `save` wrote."""
     first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    parts: dict[str, list[Example]] = {"train": [], "held_out": []}
+    parts = {"train": Examples(), "held_out": Examples()}
     for row in rows:
-        completions = tuple(np.array(completion, np.int32) for completion in row["completions"])
-        prompt = np.array(row["prompt"], np.int32)
-        parts[row["part"]].append(Example(prompt, completions, row["columns"], row["id"]))
-    return Data(train=parts["train"], held_out=parts["held_out"], counts=first["counts"], about=first["about"])
+        parts[row.pop("part")].append(_example(row))
+    return Data(**parts, **{name: tuple(value) if isinstance(value, list) else value for name, value in first.items()})
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _example(row: dict) -> Example:
+    masks, labels = row["loss_masks"], row["labels"]
+    return Example(
+        prompt=np.array(row["prompt"], np.int32),
+        completions=tuple(np.array(ids, np.int32) for ids in row["completions"]),
+        columns=row["columns"],
+        id=row["id"],
+        loss_masks=masks and tuple(np.array(mask, bool) for mask in masks),
+        labels=labels and tuple(labels),
+        source=row["source"],
+    )

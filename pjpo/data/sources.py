@@ -1,150 +1,81 @@
-"""Rows at random access: JSON-lines files, and TFDS builders read without TensorFlow.
+"""Rows at random access, whatever they are kept in: one function from a path to a source.
 
-A source has `len`, `source[i] -> dict` of plain Python values, and `place(i)`, which names a row for people.
+A source has `len`, `source[i] -> dict` of plain Python values as JSON knows them, and `place(i)`, which names a row for
+people. None holds its rows in memory.
 """
 
 from __future__ import annotations
 
-import codecs
 import difflib
-import gzip
-import json
 import os
 import pathlib
-import zlib
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
-TFDS = "tfds:"
+from pjpo.data import json_lines, parquet, prepared, tfds_split
 
 
-def open_source(path: str) -> JsonLines | TfdsSplit:
+@runtime_checkable
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def place(self, index: int) -> str: ...
+
+
+def open_source(path: str) -> Source:
     """The rows under `path`.
 
     Args:
-        path: a `.jsonl` or `.jsonl.gz` file; or a prepared TFDS data set, as its folder (the one that holds
-            dataset_info.json) or as `tfds:name/config:version`, either with `#split` behind it (`#train` if not).
+        path: one of
+            - a `.jsonl` or `.jsonl.gz` file;
+            - a `.parquet` file, or a folder of them named `<split>-....parquet`, as hubs have them;
+            - a folder that `python -m pjpo.data.prepare` wrote;
+            - a prepared TFDS data set, as its folder (the one that holds dataset_info.json) or as
+              `tfds:name/config:version`.
+            Behind what has splits, `#split` chooses one; `#train` if nothing does.
 
     Raises:
         FileNotFoundError: nothing there; names what is nearest.
-        ValueError: something else than the above, or a file that is damaged.
+        ValueError: something else than the above, a split that does not exist (with those that do), or a file that is
+            damaged.
     """
     if not path:
         raise ValueError("no data file is given; name one with --data.path=pairs.jsonl")
     path = os.path.expanduser(path)
     location, _, split = path.partition("#")
-    if path.startswith(TFDS) or pathlib.Path(location).is_dir():
-        return TfdsSplit(location, split or "train")
+    folder = pathlib.Path(location)
+    if path.startswith(tfds_split.PREFIX):
+        return tfds_split.TfdsSplit(location, split or "train")
+    if folder.is_dir():
+        if prepared.is_prepared(folder):
+            return prepared.Prepared(folder)
+        if parquet.files(folder):
+            return parquet.Parquet.of_folder(folder, split or "train")
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            raise ValueError(
+                f"{folder} was written by save_to_disk of Hugging Face's datasets; write Parquet from there instead, "
+                "dataset.to_parquet('train.parquet')"
+            )
+        return tfds_split.TfdsSplit(location, split or "train")
+    check_file(path)
+    if path.endswith(".parquet"):
+        return parquet.Parquet(path)
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        return json_lines.JsonLines(path)
+    raise ValueError(
+        f"{path} is neither a .jsonl, .jsonl.gz or .parquet file, nor a folder of rows, nor {tfds_split.PREFIX}name; "
+        "convert it"
+    )
+
+
+def check_file(path: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: it is not there; names what is near.
+    """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {_nearest(pathlib.Path(path))}")
-    if not path.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path} is neither a .jsonl or .jsonl.gz file, nor a TFDS folder, nor {TFDS}name; convert it")
-    return JsonLines(path)
-
-
-class JsonLines:
-    """One JSON object a line, UTF-8, gzipped or not; blank lines do not count. The file is held in memory, unparsed."""
-
-    def __init__(self, path: str):
-        file = pathlib.Path(path)
-        self.name = file.name
-        data = file.read_bytes()
-        if path.endswith(".gz"):
-            try:
-                data = gzip.decompress(data)
-            except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is not a whole gzip file ({error}); fetch or compress it again") from error
-        lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
-        self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def place(self, index: int) -> str:
-        return f"{self.name}:{self._lines[index][0]}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            row = json.loads(self._lines[index][1].decode())
-            json.dumps(row, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text
-        except UnicodeError as error:
-            raise ValueError(f"{self.place(index)}: the line is not UTF-8: {error}; save the file as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self.place(index)}: the line is not JSON: {error}; one object a line is read"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.place(index)}: the line holds a {type(row).__name__}, not an object of columns")
-        return row
-
-
-class TfdsSplit:
-    """A split of a prepared TFDS data set in the array_record format; rows count from 0."""
-
-    def __init__(self, location: str, split: str):
-        import tensorflow_datasets as tfds  # here, because it costs a third of a second
-
-        if location.startswith(TFDS):
-            name = location.removeprefix(TFDS)
-            try:
-                builder = tfds.builder(name)
-            except tfds.core.DatasetNotFoundError:
-                near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
-                raise FileNotFoundError(f"TFDS has no data set {name!r}; near: {', '.join(near) or 'none'}") from None
-        else:
-            folder = pathlib.Path(location)
-            if not (folder / "dataset_info.json").is_file():
-                found = [
-                    str(info.parent) for depth in ("*", "*/*") for info in folder.glob(f"{depth}/dataset_info.json")
-                ]
-                raise ValueError(
-                    f"{location} holds no dataset_info.json, so it is not a prepared TFDS data set; "
-                    f"below it are: {', '.join(sorted(found)) or 'none'}"
-                )
-            builder = tfds.builder_from_directory(folder)
-        splits = list(builder.info.splits or ())
-        if split.partition("[")[0] not in splits:
-            raise ValueError(
-                f"{location} has no split {split!r}, only: {', '.join(splits) or 'none'}; choose one with #split, or "
-                "prepare the data set with download_and_prepare(), file_format='array_record'"
-            )
-        self.name = f"{builder.info.full_name}#{split}"
-        try:
-            # tfds wraps this function in a way that hides its arguments from pyright.
-            self._rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{location} is not stored as array_record, which is what can be read at random access; "
-                "prepare it again, in another data_dir, with file_format='array_record'"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def place(self, index: int) -> str:
-        return f"{self.name}:{index}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return {name: _plain(value) for name, value in self._rows[index].items()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.place(index)}: text that is not UTF-8: {error}; prepare it as UTF-8") from error
-
-
-def _plain(value: Any) -> Any:
-    """TFDS hands out bytes, NumPy values, and a sequence of dicts as a dict of sequences."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        value = {name: _plain(item) for name, item in value.items()}
-        if set(value) == {"role", "content"} and isinstance(value["role"], list):  # chat messages
-            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    return value
 
 
 def _nearest(file: pathlib.Path) -> str:

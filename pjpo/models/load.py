@@ -76,6 +76,11 @@ def config(source: str | Path, **settings: Any) -> decoder.Config:
     return _config(_read(source), settings)
 
 
+def tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer alone, of what `load` would load; no weight is read. Raises as `load` does."""
+    return _read(source).tokenizer
+
+
 def _read(source: str | Path) -> weights.Checkpoint:
     path = Path(source).expanduser()
     if source in PACKAGED:

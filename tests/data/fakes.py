@@ -13,8 +13,8 @@ class ByteTokenizer:
 
     merged, eos_id = 256, 257
 
-    def __init__(self, *, eos_id=eos_id, template="<{role}>{content}<end>\n", opening="<assistant>"):
-        self.eos_id, self.template, self.opening = eos_id, template, opening
+    def __init__(self, *, eos_id=eos_id, template="<{role}>{content}<end>\n", opening="<assistant>", marks=True):
+        self.eos_id, self.template, self.opening, self.marks = eos_id, template, opening, marks
 
     def encode(self, text, *, special=False):
         parts = text.split("<end>") if special else [text]
@@ -25,7 +25,7 @@ class ByteTokenizer:
             ids.append(ByteTokenizer.eos_id)
         return ids[:-1]
 
-    def decode(self, ids):
+    def decode(self, ids, *, skip_special=False):
         return "".join({256: "th", 257: "<end>"}.get(int(i)) or chr(i) for i in ids)
 
     def render_chat(self, messages, *, add_generation_prompt):
@@ -33,6 +33,27 @@ class ByteTokenizer:
             raise ValueError("this tokenizer has no chat template")
         text = "".join(self.template.format(**message) for message in messages)
         return text + self.opening * add_generation_prompt
+
+    def encode_chat(self, messages):
+        """What the assistant says and the end of its turn are marked."""
+        if not self.marks:
+            raise ValueError("the chat template has no {% generation %} block")
+        ids, mask = [], []
+        for message in messages:
+            before, after = self.template.format(role=message["role"], content="|").split("|")
+            said = message["content"] + "<end>" * after.startswith("<end>")
+            for text, counts in ((before, False), (said, message["role"] == "assistant"), (after[5:], False)):
+                new = self.encode(text, special=True)
+                ids, mask = ids + new, mask + [counts] * len(new)
+        return ids, mask
+
+
+def result_or_words(call, *errors):
+    """(what `call` returns, None), or (None, the words of one of `errors`)."""
+    try:
+        return call(), None
+    except errors as error:
+        return None, str(error)
 
 
 def write_rows(path, rows):

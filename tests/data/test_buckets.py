@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjpo.data.batches import Batches
-from pjpo.data.buckets import Buckets, collate
+from pjpo.data.buckets import Buckets, collate, pad
 from tests.data.fakes import example
 
 
@@ -79,3 +81,18 @@ def test_compilations_are_as_many_as_shapes():
     seen = {shape(batch) for batch in batches if step(batch) > 0}
     assert step._cache_size() == len(seen)
     assert 4 <= len(seen) <= len(buckets.shapes) == 9
+
+
+def test_masks_labels_and_sources_reach_the_batch():
+    masks = (np.array([True, False]), np.array([False]))
+    first = dataclasses.replace(example(1, 2, 1), loss_masks=masks, labels=(True, False), source=1)
+    second = dataclasses.replace(example(1, 1, 2), labels=(False, True), source=0)
+    batch = pad([first, second], (1, 2), 3)
+    np.testing.assert_array_equal(batch.loss_mask, [[[1, 0], [0, 0]], [[1, 0], [1, 1]], [[0, 0], [0, 0]]])
+    np.testing.assert_array_equal(batch.completion_mask[0], [[1, 1], [1, 0]])
+    np.testing.assert_array_equal(batch.labels, [[True, False], [False, True], [False, False]])
+    np.testing.assert_array_equal(batch.sources, [1, 0, 0])
+    plain = pad([example(1, 2, 1)], (1, 2), 1)
+    assert plain.labels is plain.sources is None
+    with pytest.raises(ValueError, match="only one of x:1 and rows:1 has labels; do not mix data of two kinds"):
+        pad([dataclasses.replace(first, id="x:1"), example(1, 1, 2)], (1, 2), 2)

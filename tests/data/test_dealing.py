@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pjpo.data.batches import SLACKS, Batches
+from pjpo.data.arrange import SLACKS
+from pjpo.data.batches import Batches
 from pjpo.data.buckets import Buckets
 from pjpo.data.dealing import deal
 from tests import tiny

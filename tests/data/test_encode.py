@@ -76,6 +76,8 @@ def test_chats_get_an_end_token_where_the_template_writes_none():
 def test_an_end_token_inside_a_completion_skips_the_row():
     with pytest.raises(Skip, match="end token inside a completion"):
         run(QUESTION, answer("A<end>B"))
+    with pytest.raises(Skip, match="end token inside a completion"):
+        run(QUESTION, [*answer("A<end>B"), {"role": "user", "content": "R?"}, *answer("C")])
 
 
 def test_a_template_that_opens_turns_for_sampling_alone_is_counted():
@@ -131,3 +133,53 @@ def test_tokens_are_those_of_the_texts_and_limits_hold(prompt, completion, limit
     )
     assert list(example.prompt) == tokenizer.encode(prompt)[-limit:]
     assert list(example.completions[0]) == [*tokenizer.encode(completion), END][:limit]
+
+
+TURNS = [*answer("A"), {"role": "user", "content": "R?"}, *answer("B")]
+
+
+def test_of_several_turns_only_what_the_assistant_wrote_counts():
+    example, counts = run(QUESTION, TURNS, answer("C"))
+    assert texts(example) == (
+        "<user>Q?<end>\n<assistant>",
+        "A<end>\n<user>R?<end>\n<assistant>B<end>",
+        "C<end>",
+    )
+    decode = ByteTokenizer().decode
+    counted = [decode(ids[mask]) for ids, mask in zip(example.completions, example.loss_masks, strict=True)]
+    assert counted == ["A<end>B<end>", "C<end>"]
+    assert {mask.dtype for mask in example.loss_masks} == {np.dtype(bool)}
+    assert counts == {}
+
+
+def test_masks_are_cut_with_their_tokens():
+    example, _ = run(QUESTION, TURNS, max_completion_tokens=4, cut_completion="end")
+    assert texts(example)[1] == "A<end>\n<"
+    assert example.loss_masks[0].tolist() == [True, True, False, False]
+
+
+def test_several_turns_need_a_template_that_marks_them():
+    with pytest.raises(Skip, match=r"several turns, but the chat template has no {% generation %} block"):
+        run(QUESTION, TURNS, tokenizer=ByteTokenizer(marks=False))
+    assert run(QUESTION, answer("A"), tokenizer=ByteTokenizer(marks=False))[0].loss_masks is None
+
+
+def test_several_turns_end_once_where_the_template_writes_no_end():
+    example, _ = run(QUESTION, TURNS, tokenizer=ByteTokenizer(template="<{role}>{content}"))
+    assert texts(example)[1] == "A<user>R?<assistant>B<end>"
+    assert ByteTokenizer().decode(example.completions[0][example.loss_masks[0]]) == "AB<end>"
+
+
+def test_labels_stay_and_are_counted():
+    tally = Tally()
+    examples = [
+        encode(Row("Q", (" a",), {}, (label,)), f"rows:{i}", ByteTokenizer(), Limits(), tally)
+        for i, label in enumerate((True, False, True))
+    ]
+    assert [example.labels for example in examples] == [(True,), (False,), (True,)]
+    assert tally.counts == {"desirable": 2, "undesirable": 1}
+
+
+def test_a_completion_of_one_token_with_the_id_zero_is_a_completion():
+    example, _ = run("Q", "\0", tokenizer=ByteTokenizer(eos_id=None))
+    assert example.completions[0].tolist() == [0]

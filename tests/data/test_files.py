@@ -1,11 +1,13 @@
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from pjpo.data import preference, prompts, supervised
+from pjpo.data import preference, prompts, supervised, unpaired
+from pjpo.data.buckets import Buckets, collate
 from tests.data.fakes import ByteTokenizer, write_rows
 
 CONTEXT = SimpleNamespace(tokenizer=ByteTokenizer())
@@ -32,7 +34,7 @@ def test_pairs_come_with_an_account_of_every_row(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl.gz", rows)
     data = preference.Config(path=path, max_prompt_tokens=4).build(CONTEXT)
     assert ids(data.train) == ["rows.jsonl.gz:1", "rows.jsonl.gz:4", "rows.jsonl.gz:5"]
-    assert data.held_out == []
+    assert len(data.held_out) == 0
     assert data.train[0].columns == {"score": 2}
     assert data.counts == {
         "rows": 7,
@@ -81,6 +83,51 @@ def test_other_kinds_of_rows(tmp_path):
         ((), {"completion": "2", "answer": 2})
     ]
     assert data.counts == {"rows": 1, "used": 1}
+
+
+def test_unpaired_rows_give_labels_and_their_balance(tmp_path):
+    rows = [{"prompt": f"{i}:", "completion": " x", "label": i % 3 == 0} for i in range(7)]
+    data = unpaired.Config(path=write_rows(tmp_path / "rows.jsonl", rows)).build(CONTEXT)
+    batch = collate(list(data.train), Buckets.of(data.train))
+    assert batch.labels.tolist() == [[row["label"]] for row in rows]
+    assert (data.counts["desirable"], data.counts["undesirable"]) == (3, 4)
+    assert "desirable: 3 (" in data.about
+    path = write_rows(tmp_path / "odd.jsonl", [*rows, {"prompt": "Q", "completion": "A", "label": "maybe"}])
+    with pytest.raises(ValueError, match=r"^odd.jsonl:8: column 'label' must be true .* got 'maybe'"):
+        unpaired.Config(path=path).build(CONTEXT)
+
+
+def test_chats_are_learned_by_their_last_turn_or_all(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "ABCD", strict=True)]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}])
+    decode = CONTEXT.tokenizer.decode
+    (last,) = supervised.Config(path=path).build(CONTEXT).train
+    assert decode(last.prompt) == "<user>A<end>\n<assistant>B<end>\n<user>C<end>\n<assistant>"
+    assert [decode(ids) for ids in last.completions] == ["D<end>"]
+    (whole,) = supervised.Config(path=path, turns="all").build(CONTEXT).train
+    assert decode(whole.prompt) == "<user>A<end>\n<assistant>"
+    assert decode(whole.completions[0][whole.loss_masks[0]]) == "B<end>D<end>"
+    unmarked = SimpleNamespace(tokenizer=ByteTokenizer(marks=False))
+    with pytest.raises(
+        ValueError, match=r"no row that can be used:.*\n  skipped, several turns, but the chat template"
+    ):
+        supervised.Config(path=path, turns="all").build(unmarked)
+    with pytest.raises(ValueError, match="data: turns must be one of last, all, got 'first'"):
+        supervised.Config(path=path, turns="first")
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Neither its lines nor their tokens are held: less than 400 bytes a row are, of 4,000 and as many tokens."""
+    peaks = []
+    for number in (100, 600):
+        rows = ({"prompt": f"Q{i}:", "chosen": "a" * 1000, "rejected": "b" * 3000} for i in range(number))
+        path = write_rows(tmp_path / f"rows{number}.jsonl", rows)
+        tracemalloc.start()
+        data = preference.Config(path=path, num_held_out=50).build(CONTEXT)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(data.train) == number - 50
+    assert peaks[1] - peaks[0] < 500 * 400
 
 
 def test_whole_prompts_are_held_out_by_seed(tmp_path):

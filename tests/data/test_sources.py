@@ -1,12 +1,15 @@
 import gzip
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pjpo.data.sources import open_source
-from tests.data.fakes import write_rows
+from tests.data.fakes import result_or_words, write_rows
 
 TEXT = tfds.features.Text()
 CHAT = tfds.features.Sequence({"role": TEXT, "content": TEXT})
@@ -93,6 +96,25 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         source[1]
 
 
+@settings(max_examples=100)
+@given(
+    st.binary(max_size=60)
+    | st.lists(st.sampled_from([b'{"a": 1}', b"\n", b"[", b"1e999", b'"\\ud800"', b"\xff", b"null"]))
+)
+def test_any_file_is_read_or_refused_by_line(tmp_path_factory, content):
+    content = content if isinstance(content, bytes) else b"".join(content)
+    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
+    for name, data in (("rows.jsonl", content), ("rows.jsonl.gz", gzip.compress(content))):
+        (path.parent / name).write_bytes(data)
+        source = open_source(str(path.parent / name))
+        numbers = [number for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        if not content.startswith(b"\xef\xbb\xbf"):
+            assert [source.place(i) for i in range(len(source))] == [f"{name}:{number}" for number in numbers]
+        for i in range(len(source)):
+            row, words = result_or_words(lambda i=i, source=source: source[i], ValueError)
+            assert words.startswith(source.place(i)) if words else isinstance(row, dict)
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"text", lambda data: data[:12] + b"\0" * 20])
 def test_a_damaged_gzip_file_is_named(tmp_path, damage):
     (tmp_path / "rows.jsonl.gz").write_bytes(damage(gzip.compress(b'{"a": 1}\n' * 99)))
@@ -133,7 +155,7 @@ def test_tfds_splits_names_and_misses(tfds_folder, monkeypatch):
     assert len(open_source(f"{tfds_folder}#train[:60%]")) == 3
     with pytest.raises(ValueError, match=r"has no split 'valid', only: (test, train|train, test); choose"):
         open_source(f"{tfds_folder}#valid")
-    with pytest.raises(ValueError, match=r"no dataset_info.json.*below it are: .*tiny_rows/1.0.0"):
+    with pytest.raises(ValueError, match=r"no dataset_info.json.*can be read below it: .*tiny_rows/1.0.0"):
         open_source(str(tfds_folder.parents[1]))
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tfds_folder.parents[1]))
     assert len(open_source("tfds:tiny_rows:1.0.0#test")) == 2
@@ -148,3 +170,16 @@ def test_tfds_in_another_format_is_refused(tfds_folder, tmp_path):
         (tmp_path / "tiny_rows" / "1.0.0" / name).write_text(text)
     with pytest.raises(ValueError, match=r"not stored as array_record.*prepare it again"):
         open_source(str(tmp_path / "tiny_rows" / "1.0.0"))
+
+
+def test_half_a_tfds_folder_is_refused(tfds_folder, tmp_path):
+    half = tmp_path / "tiny_rows" / "1.0.0"
+    shutil.copytree(tfds_folder, half)
+    (shard,) = half.glob("*train*")
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"1.0.0 is half-written or damaged: .*prepare it again"):
+        open_source(str(half))
+    shutil.copy(tfds_folder / shard.name, half)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"1.0.0 is half-written or damaged: .*prepare it again"):
+        open_source(str(half))

@@ -1,0 +1,31 @@
+"""Values of other formats as JSON knows them."""
+
+import datetime
+import decimal
+from typing import Any
+
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """Bytes as text, NumPy values as Python's, dates as ISO text, decimals as text, tuples as lists, sets of columns
+    of chat messages (TFDS's sequences of dicts) as lists of messages.
+
+    Raises:
+        UnicodeDecodeError: bytes that are not UTF-8.
+    """
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        value = {name: plain(item) for name, item in value.items()}
+        if set(value) == {"role", "content"} and isinstance(value["role"], list):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    return value

@@ -1,0 +1,83 @@
+"""TFDS builders, read without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from typing import Any
+
+from pjpo.data.plain import plain
+
+PREFIX = "tfds:"
+
+
+class TfdsSplit:
+    """A split of a prepared TFDS data set in the array_record format; rows count from 0."""
+
+    def __init__(self, location: str, split: str):
+        import tensorflow_datasets as tfds  # here, because it costs a third of a second
+
+        if location.startswith(PREFIX):
+            name = location.removeprefix(PREFIX)
+            try:
+                builder = tfds.builder(name)
+            except tfds.core.DatasetNotFoundError:
+                near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+                raise FileNotFoundError(f"TFDS has no data set {name!r}; near: {', '.join(near) or 'none'}") from None
+        else:
+            folder = pathlib.Path(location)
+            if not (folder / "dataset_info.json").is_file():
+                found = [info.parent for depth in ("*", "*/*") for info in folder.glob(f"{depth}/dataset_info.json")]
+                found += folder.glob("*.jsonl*")
+                raise ValueError(
+                    f"{location} holds no dataset_info.json, as a prepared TFDS data set does, and no Parquet files; "
+                    f"what can be read below it: {', '.join(sorted(map(str, found))) or 'nothing'}"
+                )
+            builder = tfds.builder_from_directory(folder)
+        splits = list(builder.info.splits or ())
+        if split.partition("[")[0] not in splits:
+            raise ValueError(
+                f"{location} has no split {split!r}, only: {', '.join(splits) or 'none'}; choose one with #split, or "
+                "prepare the data set with download_and_prepare(), file_format='array_record'"
+            )
+        self.name = f"{builder.info.full_name}#{split}"
+        try:
+            # tfds wraps this function in a way that hides its arguments from pyright.
+            self._rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{location} is not stored as array_record, which is what can be read at random access; "
+                "prepare it again, in another data_dir, with file_format='array_record'"
+            ) from error
+        _check_shards(builder.info.splits[split.partition("[")[0]], location)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def place(self, index: int) -> str:
+        return f"{self.name}:{index}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {name: plain(value) for name, value in self._rows[index].items()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.place(index)}: text that is not UTF-8: {error}; prepare it as UTF-8") from error
+
+
+def _check_shards(split: Any, location: str) -> None:
+    """
+    Raises:
+        ValueError: a file that is missing, cut short or damaged.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+        try:
+            found = ArrayRecordReader(str(path)).num_records() if pathlib.Path(path).exists() else 0
+        except RuntimeError:  # the reader's only one: no footer
+            found = 0
+        if found != expected:
+            raise ValueError(
+                f"{location} is half-written or damaged: {pathlib.Path(path).name} has {found} of its {expected} rows; "
+                "prepare it again"
+            )
