@@ -7,6 +7,7 @@ from pjpo.data.encode import Limits, encode
 from pjpo.data.examples import Tally
 from pjpo.data.rows import Row, Skip
 from tests.data.fakes import ByteTokenizer
+from tests.test_chat import REFERENCE, byte_tokenizer
 
 END = ByteTokenizer.eos_id
 QUESTION = [{"role": "user", "content": "Q?"}]
@@ -183,3 +184,19 @@ def test_labels_stay_and_are_counted():
 def test_a_completion_of_one_token_with_the_id_zero_is_a_completion():
     example, _ = run("Q", "\0", tokenizer=ByteTokenizer(eos_id=None))
     assert example.completions[0].tolist() == [0]
+
+
+@pytest.mark.parametrize("name", REFERENCE["marked"])
+def test_turns_of_published_templates_are_told_apart(name):
+    tokenizer = byte_tokenizer(REFERENCE["marked"][name]["template"])
+    turns = [*answer("first"), {"role": "user", "content": "R?"}, *answer("second")]
+    tally = Tally()
+    example = encode(Row(QUESTION, (turns,), {}), "rows:1", tokenizer, Limits(), tally)
+    (ids,), (mask,) = example.completions, example.loss_masks
+    whole = tokenizer.decode([*example.prompt, *ids], skip_special=False)
+    assert whole == tokenizer.render_chat([*QUESTION, *turns])
+    counted, prompt = tokenizer.decode(ids[mask], skip_special=False), tokenizer.decode(example.prompt)
+    assert counted.index("first") < counted.index("second")
+    assert "R?" not in counted
+    assert "Q?" in prompt
+    assert "first" not in prompt
