@@ -8,8 +8,9 @@ import numpy as np
 
 
 def plain(value: Any) -> Any:
-    """Bytes as text, NumPy values as Python's, dates as ISO text, decimals as text, tuples as lists, sets of columns
-    of chat messages (TFDS's sequences of dicts) as lists of messages.
+    """Bytes, dates, times and decimals as text, NumPy values as Python's, tuples as lists.
+
+    TFDS hands out a sequence of chat messages as a dict of sequences; it becomes a list of messages.
 
     Raises:
         UnicodeDecodeError: bytes that are not UTF-8.

@@ -95,6 +95,8 @@ class Prepared:
         return f"{self.name}:{index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         try:
             return parse(self._reader.read([index])[0], self.place(index))
         except RuntimeError as error:
