@@ -244,13 +244,13 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
         saved_data.save(folder.path / PAIRS, data)
     index, count = sharding.share(mesh)
     num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
-    even = experiment.pack and not hasattr(experiment.method, "prepare")  # which adds tokens: packed after it, as it comes
+    adds = hasattr(experiment.method, "prepare")  # tokens, so batches are packed after it, as they come
     batches = Batches(
         data.train,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
         buckets=context.buckets,
-        num_groups=num_groups if even else None,
+        num_groups=num_groups if experiment.pack and not adds else None,
         weights=data.weights,
         shard_index=index,
         shard_count=count,
