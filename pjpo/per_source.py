@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def per_source(loss: Callable, sources: Sequence[str]) -> Callable:
         sources: names; `batch.sources` are places here.
     """
 
+    @functools.wraps(loss)  # its signature says what it reads of the policy
     def with_sources(method: Any, batch: Batch, logps, ref_logps, **others) -> tuple[Mean, dict[str, Mean]]:
         mean, metrics = loss(method, batch, logps, ref_logps, **others)
         assert batch.sources is not None, "mixed data says of each prompt where it came from"

@@ -1,6 +1,7 @@
 """Numbers of each source, against the loss of its rows alone."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +59,8 @@ def test_logging_by_source_changes_no_gradient():
         return jax.grad(total)(logps)
 
     np.testing.assert_array_equal(gradient(per_source(method.loss, ("all",))), gradient(method.loss))
+
+
+def test_the_signature_stays_the_methods():
+    loss = Method("dpo").loss
+    assert inspect.signature(per_source(loss, ("x",))) == inspect.signature(loss)
