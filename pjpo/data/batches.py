@@ -11,7 +11,7 @@ import numpy as np
 
 from pjpo.data.arrange import PackedSizes, arrange
 from pjpo.data.buckets import Buckets, lengths_of, pad
-from pjpo.data.dealing import deal
+from pjpo.data.dealing import halve
 from pjpo.data.examples import Example
 from pjpo.packing import pack
 from pjpo.types import Batch
@@ -57,8 +57,8 @@ class Batches(Iterator[Batch]):
             num_epochs: None goes on for ever.
             window: batches of one epoch whose rows are sorted by length together, at most; 1 sorts nothing. None is 32,
                 or an epoch of up to 65,536 rows where batches are packed.
-            num_groups: pack each batch into so many groups, over all hosts, see `pjpo.packing`; None packs nothing. It
-                changes the order of rows within a batch, not which they are.
+            num_groups: pack each batch into so many groups, over all hosts, see `pjpo.packing`; None packs nothing.
+                Batches do not depend on the number; a power of two makes even groups.
             weights: where data is mixed, the share of each `Example.source`; epochs have no meaning then.
             shard_index: which host this is, of `shard_count`.
             shard_count: hosts.
@@ -163,9 +163,10 @@ class Batches(Iterator[Batch]):
         rows, shape = self._arrange(start, stop)[index - start]
         if self._num_groups is None:
             return self._pad(rows, shape)
-        rows = rows[deal(self._tokens[rows], len(rows) // self._num_groups, self._rng(index))]  # [groups, rows]
-        places = self._packed_sizes.fit(shape, self._tokens[rows].sum(1).max(0))
-        return pack(self._pad(rows.ravel(), shape), num_groups=self._num_groups // self._shard_count, places=places)
+        rows = rows[halve(self._tokens[rows], self._rng(index))]
+        groups = self._tokens[rows].reshape(self._num_groups, -1, 2)
+        places = self._packed_sizes.fit(shape, groups.sum(1).max(0))
+        return pack(self._pad(rows, shape), num_groups=self._num_groups // self._shard_count, places=places)
 
     def _pad(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
         own = [self.examples[row] for row in rows[self._own]]

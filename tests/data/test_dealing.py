@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pjpo.data.arrange import SLACKS
 from pjpo.data.batches import Batches
 from pjpo.data.buckets import Buckets
-from pjpo.data.dealing import deal
+from pjpo.data.dealing import deal, halve
 from tests import tiny
 from tests.data.fakes import example
 
@@ -102,3 +102,18 @@ def test_groups_of_eight_agree_to_one_part_in_fifty():
     tokens = LENGTHS[WITHIN_LIMITS][:1600] @ [[1, 0], [0, 1], [0, 1]]
     sums = tokens[deal(tokens, 8, np.random.default_rng(0))].sum(1)
     assert (abs(sums / sums.mean(0) - 1) < 0.02).all()
+
+
+def test_halves_of_a_batch_and_their_halves_have_the_same_tokens():
+    tokens = (LENGTHS[WITHIN_LIMITS] @ [[1, 0], [0, 1], [0, 1]])[:64]
+    order = halve(tokens, np.random.default_rng(0))
+    assert sorted(order) == list(range(64))
+    for parts, off in ((2, 0.01), (4, 0.04), (8, 0.1)):
+        sums = tokens[order].reshape(parts, -1, 2).sum(1)
+        assert (abs(sums / sums.mean(0) - 1) < off).all()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 10, 12])
+def test_any_number_of_rows_is_halved_as_far_as_it_goes(number):
+    tokens = np.random.default_rng(0).integers(1, 9, (number, 2))
+    assert sorted(halve(tokens, np.random.default_rng(0))) == list(range(number))
