@@ -82,7 +82,7 @@ def test_colours_say_what_counts(tmp_path):
     config = supervised.Config(path=path, turns="all")
     findings = command.inspect(open_source(path), config, ByteTokenizer(), 1)
     (_, prompt, completion, _) = command.rows_as_text(findings.shown, ByteTokenizer())
-    assert completion.plain == ("completion, 24 tokens, 4 in the loss: «B<end>»[\n<user>C<end>\n<assistant>]«D<end>»")
+    assert completion.plain == ("completion, 25 tokens, 4 in the loss: «B<end>»[\n<user>C<end>\n<assistant>]«D<end>»")
     file = io.StringIO()
     rich.console.Console(file=file, force_terminal=True, color_system="standard").print(completion)
     assert file.getvalue().count("\x1b[32m") == 2  # green
