@@ -159,18 +159,22 @@ class Batches(Iterator[Batch]):
         }
 
     def _batch(self, index: int) -> Batch:
+        rows, shape = self._rows(index)
+        own = [self.examples[row] for row in rows[self._own]]
+        batch = pad(own, shape, len(own))
+        if self._num_groups is None:
+            return batch
+        needed = self._tokens[rows].reshape(self._num_groups, -1, 2).sum(1).max(0)
+        places = self._packed_sizes.fit(shape, needed)
+        return pack(batch, num_groups=self._num_groups // self._shard_count, places=places)
+
+    def _rows(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """The rows of a batch, of all hosts, and its padded shape."""
         start, stop = self._window_around(index)
         rows, shape = self._arrange(start, stop)[index - start]
-        if self._num_groups is None:
-            return self._pad(rows, shape)
-        rows = rows[halve(self._tokens[rows], self._rng(index))]
-        groups = self._tokens[rows].reshape(self._num_groups, -1, 2)
-        places = self._packed_sizes.fit(shape, groups.sum(1).max(0))
-        return pack(self._pad(rows, shape), num_groups=self._num_groups // self._shard_count, places=places)
-
-    def _pad(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
-        own = [self.examples[row] for row in rows[self._own]]
-        return pad(own, shape, len(own))
+        if self._num_groups is not None:
+            rows = rows[halve(self._tokens[rows], self._rng(index))]
+        return rows, shape
 
     def _rng(self, *place: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, *place))
