@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pjpo.models.fields import Fields
 from pjpo.models.rope import Scaling
+
+MOST_LAYERS = 10_000  # more are a mistake, or an attempt to fill memory
 
 _GEMMA = {"post_norms": True, "norm_plus_one": True, "activation": "gelu_tanh"}
 # By family: the settings of `decoder.Config` that hold for all of its models.
@@ -17,16 +20,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA | {"qk_norm": True},
 }
+_GEMMA_SILENT = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True}
 # By family: what `transformers` takes where config.json is silent and it takes something else for Llama.
 _SILENT: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-    "gemma2": {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    "gemma2": _GEMMA_SILENT | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMA_SILENT
+    | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    | {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072},
 }
-for _gemma in ("gemma2", "gemma3_text"):
-    _SILENT[_gemma] |= {"head_dim": 256, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
 # Settings of config.json that would change the numbers, and the one value of each that this decoder computes.
 _ONLY = {
     "attention_bias": False,
@@ -53,103 +57,100 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 def from_config_json(stored: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of `decoder.Config` that a config.json decides; `path` is named in errors.
 
+    Of a Gemma 3 that sees images too, those of its text part.
+
     Raises:
         ValueError: another architecture, a setting that the decoder lacks, or one that is missing.
     """
+    if stored.get("model_type") == "gemma3" and isinstance(stored.get("text_config"), dict):  # sees images too
+        stored = stored["text_config"] | {"model_type": "gemma3_text"}
     family = stored.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported, allowed: {', '.join(FAMILIES)}")
-    config = _SILENT.get(family, {}) | stored
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(name), dict | None):
-            raise ValueError(f"{path}: {name} must be an object or null, got {config[name]!r}")
-
-    def get(name: str, default: Any = None) -> Any:
-        value = default if config.get(name) is None else config[name]
-        if value is None:
-            raise ValueError(f"{path}: the file does not say {name!r}")
-        if not isinstance(value, int | float):
-            raise ValueError(f"{path}: {name} must be a number, got {value!r}")
-        return value
-
+    config = Fields(_SILENT.get(family, {}) | stored, path)
+    for name, allowed in _ONLY.items():
+        config.only(name, allowed)
+    if family == "llama":
+        config.only("sliding_window", None)
     settings = FAMILIES[family]
     activation = _ACTIVATIONS[settings.get("activation", "silu")]
-    only = _ONLY | {"hidden_activation" if "activation" in settings else "hidden_act": activation}
-    if family == "llama":
-        only["sliding_window"] = None
-    for name, allowed in only.items():
-        if config.get(name, allowed) not in (allowed, None):
-            raise ValueError(f"{path}: {name} = {config[name]!r} is not supported by this decoder, only {allowed!r}")
-    num_heads, model_dim = get("num_attention_heads"), get("hidden_size")
+    config.only("hidden_activation" if "activation" in settings else "hidden_act", activation)
+    num_heads, model_dim = config.size("num_attention_heads"), config.size("hidden_size")
     settings = settings | {
-        "vocab_size": get("vocab_size"),
-        "num_layers": get("num_hidden_layers"),
+        "vocab_size": config.size("vocab_size"),
+        "num_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
         "model_dim": model_dim,
         "num_heads": num_heads,
-        "num_kv_heads": get("num_key_value_heads", num_heads),
-        "head_dim": get("head_dim", model_dim // num_heads),
-        "mlp_dim": get("intermediate_size"),
-        "norm_eps": get("rms_norm_eps", 1e-6),
-        "tied_head": get("tie_word_embeddings", False),
-        "max_positions": get("max_position_embeddings", 2048),
+        "num_kv_heads": config.size("num_key_value_heads", num_heads),
+        "head_dim": config.size("head_dim", max(1, model_dim // num_heads)),
+        "mlp_dim": config.size("intermediate_size"),
+        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "tied_head": config.only("tie_word_embeddings", False, True),
+        "max_positions": config.size("max_position_embeddings", 2048),
     }
     if family.startswith("gemma"):
         settings |= {
             "embed_scale": model_dim**0.5,
-            "query_scale": get("query_pre_attn_scalar") ** -0.5,
-            "attention_softcap": config.get("attn_logit_softcapping"),
-            "logit_softcap": config.get("final_logit_softcapping"),
+            "query_scale": config.size("query_pre_attn_scalar") ** -0.5,
+            "attention_softcap": config.optional("attn_logit_softcapping"),
+            "logit_softcap": config.optional("final_logit_softcapping"),
         }
-    window = _window(family, config, path)
-    rope = _rope(config, path)
+    window, rope = _window(family, config, path), _rope(config, path)
     if not window:
         rope.pop("rope_theta_local", None)  # no layer is local
     return settings | window | rope
 
 
-def _window(family: str, config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _window(family: str, config: Fields, path: Path) -> dict[str, Any]:
     """The sliding window and the layers without it, where there is a layer that it holds for."""
-    num_layers = config["num_hidden_layers"]
-    off = "max_window_layers" in config and not config.get("use_sliding_window")  # Qwen's
+    off = family.startswith("qwen") and not config.only("use_sliding_window", False, True)
     if off or config.get("sliding_window") is None:
         return {}
-    first = config.get("max_window_layers", 0)
-    period = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern", 6)}.get(family, num_layers + 1)
-    by_rule = [_LOCAL if i >= first and (i + 1) % period else _GLOBAL for i in range(num_layers)]
-    kinds = config.get("layer_types") or by_rule
-    if len(kinds) != num_layers or not set(kinds) <= {_LOCAL, _GLOBAL}:
+    num_layers = config.size("num_hidden_layers")
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.number("max_window_layers", 0.0)
+        period = 2 if family == "gemma2" else num_layers + 1
+        if family == "gemma3_text":
+            period = config.size("sliding_window_pattern", 6)
+        kinds = [_LOCAL if i >= first and (i + 1) % period else _GLOBAL for i in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (_LOCAL, _GLOBAL) for kind in kinds):
         raise ValueError(f"{path}: layer_types must be {_LOCAL!r} or {_GLOBAL!r} for {num_layers} layers, got {kinds}")
     if _LOCAL not in kinds:
         return {}
     without = tuple(i for i, kind in enumerate(kinds) if kind == _GLOBAL)
-    return {"sliding_window": config["sliding_window"], "global_layers": without}
+    return {"sliding_window": config.size("sliding_window"), "global_layers": without}
 
 
-def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _rope(config: Fields, path: Path) -> dict[str, Any]:
     """Bases and scaling: one by one, or as since version 5 of `transformers` in a dict, or a dict by kind of layer."""
-    near = {"rope_theta": config.get("rope_local_base_freq")}
-    rope = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {})
-    parameters = config.get("rope_parameters") or {}
-    rope |= (parameters.get(_GLOBAL) or {}) if _GLOBAL in parameters else parameters
-    near |= parameters.get(_LOCAL) or {}
+    old, new = config.get("rope_scaling", {}), config.get("rope_parameters", {})
+    nested = new if isinstance(new, dict) and _GLOBAL in new else {_GLOBAL: new}
+    everywhere, near = nested[_GLOBAL], nested.get(_LOCAL) or {}
+    for value in (old, everywhere, near):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: what config.json says about RoPE must be objects, got {value!r}")
+    everywhere = {"rope_theta": config.get("rope_theta", 10000.0)} | old | everywhere
+    near = {"rope_theta": config.get("rope_local_base_freq")} | near
     if _scaling(near, config, path) is not None:
         raise ValueError(f"{path}: RoPE scaling of {_LOCAL!r} layers is not supported, only of {_GLOBAL!r} ones")
-    theta = {"rope_theta": rope.get("rope_theta") or 10000.0, "rope_theta_local": near["rope_theta"]}
-    theta = {name: float(value) for name, value in theta.items() if value is not None}
-    return theta | {"rope_scaling": _scaling(rope, config, path)}
+    settings = {
+        "rope_theta": Fields(everywhere, path).number("rope_theta"),
+        "rope_scaling": _scaling(everywhere, config, path),
+    }
+    local = Fields(near, path).optional("rope_theta")
+    return settings if local is None else settings | {"rope_theta_local": local}
 
 
-def _scaling(rope: dict[str, Any], config: dict[str, Any], path: Path) -> Scaling | None:
+def _scaling(rope: dict[str, Any], config: Fields, path: Path) -> Scaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in SCALINGS:
+    if kind not in list(SCALINGS):  # a list takes what is not hashable
         raise ValueError(f"{path}: RoPE scaling of type {kind!r} is not supported, allowed: {', '.join(SCALINGS)}")
     names = SCALINGS[kind]
-    rope = {"original_max_position_embeddings": config.get("max_position_embeddings")} | rope if names else rope
-    for name in names:
-        if rope.get(name) is None:
-            raise ValueError(f"{path}: RoPE scaling of type {kind!r} needs {name!r}, which the file does not say")
-    plain = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *names}
-    for name, value in rope.items():
-        if name not in plain and value not in (None, 1.0):
-            raise ValueError(f"{path}: RoPE with {name} = {value!r} is not supported by this decoder")
-    return Scaling(kind=kind, **{ours: rope[name] for name, ours in names.items()}) if names else None
+    for name in rope.keys() - {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *names}:
+        Fields(rope, path).only(name, None, 1.0)
+    if kind == "default":
+        return None
+    fields = Fields({"original_max_position_embeddings": config.get("max_position_embeddings")} | rope, path)
+    read = {"original_max_position_embeddings": fields.size}
+    return Scaling(kind=kind, **{ours: read.get(theirs, fields.number)(theirs) for theirs, ours in names.items()})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pjpo.models import families, names
+from pjpo.models.fields import Fields
 from pjpo.models.rope import Scaling
 from pjpo.models.weights import Checkpoint
 from pjpo.tokenizer import Tokenizer
@@ -47,7 +47,11 @@ def read(path: Path) -> Checkpoint:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def load(name: str) -> np.ndarray:
-        return dequantize(tensors[name].data, tensors[name].tensor_type)
+        try:
+            return dequantize(tensors[name].data, tensors[name].tensor_type)
+        except NotImplementedError as error:
+            kind = tensors[name].tensor_type.name
+            raise ValueError(f"{path}: tensor {name!r} is quantised as {kind}, which is not supported") from error
 
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -69,68 +73,56 @@ def read(path: Path) -> Checkpoint:
 def _config(
     path: Path, architecture: str, fields: dict[str, Any], tied_head: bool, divisors: np.ndarray | None
 ) -> dict[str, Any]:
-    def get(name: str, default: Any = None) -> Any:
-        value = fields.get(f"{architecture}.{name}", default)
-        if value is None:
-            raise ValueError(f"{path}: the file does not say '{architecture}.{name}'")
-        return value
-
-    def decimal(name: str, default: Any = None) -> float:
-        return float(str(np.float32(get(name, default))))  # 1e-5, where float32 made it 9.99999974e-06
-
-    num_layers, num_heads, model_dim = get("block_count"), get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", model_dim // num_heads)
-    only = {
-        "rope.scaling.type": ("none", "linear"),
-        "rope.scale_linear": (1.0,),
-        "rope.dimension_count": (head_dim,),
-        "attention.value_length": (head_dim,),
-        "expert_count": (0,),
-    }
-    for name, allowed in only.items():
-        if (value := get(name, allowed[0])) not in allowed:
-            raise ValueError(
-                f"{path}: {architecture}.{name} = {value!r} is not supported by this decoder, "
-                f"only {' or '.join(map(repr, allowed))}"
-            )
-    factor = decimal("rope.scaling.factor", 1.0) if get("rope.scaling.type", "linear") == "linear" else 1.0
+    file = Fields(fields, path, f"{architecture}.")
+    num_heads, model_dim = file.size("attention.head_count"), file.size("embedding_length")
+    head_dim = file.size("attention.key_length", max(1, model_dim // num_heads))
+    for name in ("rope.dimension_count", "attention.value_length"):
+        file.only(name, head_dim)
+    file.only("rope.scale_linear", 1.0)
+    file.only("expert_count", 0)
+    factor = _decimal(file, "rope.scaling.factor", 1.0)
+    scaled = file.only("rope.scaling.type", "linear", "none") == "linear" and factor != 1
     settings = families.FAMILIES[ARCHITECTURES[architecture]] | {
-        "vocab_size": get("vocab_size", len(fields.get("tokenizer.ggml.tokens", ()))),
-        "num_layers": num_layers,
+        "vocab_size": file.size("vocab_size", len(fields.get("tokenizer.ggml.tokens", ()))),
+        "num_layers": file.size("block_count", most=families.MOST_LAYERS),
         "model_dim": model_dim,
         "num_heads": num_heads,
-        "num_kv_heads": get("attention.head_count_kv", num_heads),
+        "num_kv_heads": file.size("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "mlp_dim": get("feed_forward_length"),
-        "rope_theta": decimal("rope.freq_base", 10000.0),
-        "norm_eps": decimal("attention.layer_norm_rms_epsilon"),
+        "mlp_dim": file.size("feed_forward_length"),
+        "rope_theta": _decimal(file, "rope.freq_base", 10000.0),
+        "norm_eps": _decimal(file, "attention.layer_norm_rms_epsilon"),
         "tied_head": tied_head,
-        "max_positions": get("context_length"),
-        "rope_scaling": Scaling(kind="linear", factor=factor) if factor != 1 else None,
+        "max_positions": file.size("context_length"),
+        "rope_scaling": Scaling(kind="linear", factor=factor) if scaled else None,
     }
     if divisors is not None:
         settings["rope_scaling"] = _llama3(path, settings, divisors)
     if architecture in GEMMA:
-        settings |= _gemma(architecture, settings, get, decimal)
-    elif (window := get("attention.sliding_window", 0)) > 0:
-        settings["sliding_window"] = window
+        settings |= _gemma(architecture, settings, file)
+    elif file.number("attention.sliding_window", 0.0):
+        settings["sliding_window"] = file.size("attention.sliding_window")
     return settings
 
 
-def _gemma(architecture: str, settings: dict[str, Any], get: Callable, decimal: Callable) -> dict[str, Any]:
+def _gemma(architecture: str, settings: dict[str, Any], file: Fields) -> dict[str, Any]:
     known, num_layers, model_dim = GEMMA[architecture], settings["num_layers"], settings["model_dim"]
     # No key holds what scores are divided by: the root of a head's size, but in the largest models of a head's share.
     divided = model_dim // settings["num_heads"] if num_layers == known["largest"] else settings["head_dim"]
-    period = get("attention.sliding_window_pattern", known["period"])
+    period = file.size("attention.sliding_window_pattern", known["period"])
     return {
         "embed_scale": model_dim**0.5,
         "query_scale": divided**-0.5,
-        "attention_softcap": decimal("attn_logit_softcapping", known["attention_softcap"]) or None,
-        "logit_softcap": decimal("final_logit_softcapping", known["logit_softcap"]) or None,
-        "sliding_window": get("attention.sliding_window", 4096),
+        "attention_softcap": _decimal(file, "attn_logit_softcapping", known["attention_softcap"]) or None,
+        "logit_softcap": _decimal(file, "final_logit_softcapping", known["logit_softcap"]) or None,
+        "sliding_window": file.size("attention.sliding_window", 4096),
         "global_layers": tuple(range(period - 1, num_layers, period)),
-        "rope_theta_local": decimal("rope.freq_base_swa", 10000.0) if architecture == "gemma3" else None,
+        "rope_theta_local": _decimal(file, "rope.freq_base_swa", 10000.0) if architecture == "gemma3" else None,
     }
+
+
+def _decimal(file: Fields, name: str, default: float | None = None) -> float:
+    return float(str(np.float32(file.number(name, default))))  # 1e-5, where float32 made it 9.99999974e-06
 
 
 def _llama3(path: Path, settings: dict[str, Any], divisors: np.ndarray) -> Scaling:

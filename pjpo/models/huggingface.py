@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +31,34 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{path} holds no JSON object; fetch it again")
     config = families.from_config_json(stored, path)
     files = {name: path for path in _files(folder) for name in _tensor_names(path)}
+    shown = _text_part(files) if stored["model_type"] == "gemma3" else {name: name for name in files}
 
     def load(name: str) -> np.ndarray:
-        with _open(files[name]) as file:  # for this tensor alone, so that no more of the file stays in memory
-            return file.get_tensor(name)
+        with _open(files[shown[name]]) as file:  # for this tensor alone, so that no more of the file stays in memory
+            return file.get_tensor(shown[name])
 
     file_names = names.hugging_face(config.get("post_norms", False))
     # Old files also store RoPE's frequencies, which follow from the config, and tied ones the embedding a second time.
-    derived = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    derived = {name for name in shown if name.endswith("rotary_emb.inv_freq")}
     derived |= {file_names["head"]} if config["tied_head"] else set()
     return Checkpoint(
         path=folder,
         config=config,
         names=file_names,
-        stored=files.keys() - derived,
+        stored=shown.keys() - derived,
         read=load,
         out_in=True,
         adjacent_pairs=False,
         tokenizer=Tokenizer.from_folder(folder),
     )
+
+
+def _text_part(names: Iterable[str]) -> dict[str, str]:
+    """Of a model that sees images too: the name that each tensor has in a model of text alone -> its name here."""
+    text = {re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name): name for name in names}
+    text = {name.removeprefix("language_model."): stored for name, stored in text.items()}
+    images = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+    return {name: stored for name, stored in text.items() if not images.match(name)}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import pickle
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pjpo.models import families, load
 from pjpo.models.rope import Scaling
@@ -106,6 +106,27 @@ def test_scanned_layers_and_greedy_decoding_equal_transformers(family, tmp_path)
         prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask, completion_tokens=np.asarray(out.tokens)
     )
     np.testing.assert_allclose(out.logps, logps(policy, params, decoded), rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_gemma_that_sees_images(prefix, tmp_path):
+    policy, params, _ = load(folder_of("gemma3", tmp_path))
+    text = json.loads((tmp_path / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name.replace("model.", prefix, 1): value for name, value in weights.items()}
+    for name in ("vision_tower.vision_model.post_layernorm.bias", "multi_modal_projector.mm_input_projection_weight"):
+        weights[f"{'model.' if prefix.startswith('model') else ''}{name}"] = np.zeros(3, np.float32)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).unlink()
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    save_file(weights, tmp_path / "model.safetensors")
+    same, same_params, _ = load(tmp_path)
+    assert same == policy
+    jax.tree.map(np.testing.assert_array_equal, same_params, params)
+    save_file(weights | {"audio_tower.bias": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the decoder has no place for 'audio_tower\.bias'"):
+        load(tmp_path)
 
 
 @pytest.mark.slow
@@ -207,6 +228,33 @@ PUBLISHED = {
             "logit_softcap": 30.0,
             "embed_scale": 48.0,
             "activation": "gelu_tanh",
+            "tied_head": True,
+        },
+    ),
+    "gemma-3-4b": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"model_type": "siglip_vision_model"},
+        },
+        {
+            "vocab_size": 262208,
+            "num_heads": 8,
+            "num_kv_heads": 4,
+            "head_dim": 256,
+            "global_layers": (5, 11, 17, 23, 29),
+            "sliding_window": 1024,
+            "rope_theta": 1e6,
+            "rope_theta_local": 1e4,
+            "rope_scaling": Scaling(kind="linear", factor=8.0),
+            "logit_softcap": None,
             "tied_head": True,
         },
     ),

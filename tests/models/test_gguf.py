@@ -87,11 +87,15 @@ def test_the_largest_gemmas_divide_scores_by_another_root(tmp_path):
         ),
         (
             {"settings": [("llama.rope.scaling.type", ("yarn", gguf.GGUFValueType.STRING))]},
-            "llama.rope.scaling.type = 'yarn' is not supported by this decoder, only 'none' or 'linear'",
+            "llama.rope.scaling.type = 'yarn' is not supported by this decoder, only 'linear' or 'none'",
         ),
         (
             {"settings": [("llama.expert_count", (8, gguf.GGUFValueType.UINT32))]},
             "llama.expert_count = 8 is not supported",
+        ),
+        (
+            {"settings": [("llama.attention.sliding_window", (-1, gguf.GGUFValueType.INT32))]},
+            "llama.attention.sliding_window must be a whole number from 1 to 2147483647, got -1",
         ),
         ({"divisors": np.array([1, 2, 3], np.float32)}, r"rope_freqs\.weight holds another scaling than Llama 3's"),
         ({"divisors": np.ones(4, np.float32)}, r"rope_freqs\.weight holds another scaling than Llama 3's"),
