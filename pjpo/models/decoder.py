@@ -102,6 +102,8 @@ class Config:
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:  # indices are int32
+                raise ValueError(f"model: {name} must be below 2**31, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:

@@ -38,9 +38,18 @@ def read(path: Path) -> Checkpoint:
     from gguf import GGUFReader  # here, so that importing pjpo stays fast
     from gguf.quants import dequantize
 
+    class Reader(GGUFReader):
+        """Refuses what lies beyond the file's end, which `gguf` reads as nothing, as often as a damaged count says."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it should go on to byte {end:,}")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, struct.error) as error:
+        reader = Reader(path)
+    except (ValueError, LookupError, OverflowError, RecursionError, struct.error) as error:
         size = path.stat().st_size
         raise ValueError(f"{path} ({size:,} bytes) is damaged or cut short, fetch it again: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,8 @@ PACKAGED = {
     "glassllm-en": Packaged("glassllm==0.1.0", "glassllm", "weights/en.npz"),
 }
 
+MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 def load(
     source: str | Path, *, dtype: str = "float32", mesh: Any = None, key: jax.Array | None = None, **settings: Any
@@ -51,18 +55,13 @@ def load(
         FileNotFoundError: a file that is missing.
         ModuleNotFoundError: the package that carries the model is not installed.
     """
-    checkpoint = _read(source)
-    config = _config(checkpoint, settings | {"dtype": dtype})
-    if checkpoint.tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {checkpoint.tokenizer.vocab_size} ids, "
-            f"the model only {config.vocab_size}; one of the two belongs to another model"
-        )
+    checkpoint, config = _describe(source, settings | {"dtype": dtype})
     policy = Policy(config)
-    abstract = jax.eval_shape(policy.init, jax.random.key(0))
-    weights_only = {"params": abstract["params"]}
-    shardings = None if mesh is None else sharding.shardings(weights_only, mesh)
-    params = weights.to_params(checkpoint, config, weights_only, shardings)
+    with _blaming(checkpoint.path):
+        abstract = jax.eval_shape(policy.init, jax.random.key(0))
+        weights_only = {"params": abstract["params"]}
+        shardings = None if mesh is None else sharding.shardings(weights_only, mesh)
+        params = weights.to_params(checkpoint, config, weights_only, shardings)
     if names := [name for name in abstract if name != "params"]:  # adapters, a scalar head
         # The compiler drops the weights that nobody asks for.
         draw = jax.jit(lambda key: {name: policy.init(key)[name] for name in names})
@@ -73,23 +72,33 @@ def load(
 
 def config(source: str | Path, **settings: Any) -> decoder.Config:
     """The config of the policy that `load` would make, with the same errors, but without reading a weight."""
-    return _config(_read(source), settings)
+    return _describe(source, settings)[1]
 
 
 def tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer alone, of what `load` would load; no weight is read. Raises as `load` does."""
-    return _read(source).tokenizer
+    return _describe(source, {})[0].tokenizer
 
 
-def _read(source: str | Path) -> weights.Checkpoint:
+def _describe(source: str | Path, settings: dict[str, Any]) -> tuple[weights.Checkpoint, decoder.Config]:
+    path, read = _reader(source)
+    _check_settings(settings)
+    with _blaming(path):
+        checkpoint = read(path)
+        config = decoder.Config(**checkpoint.config | settings)
+        _check_sizes(checkpoint, config)
+    return checkpoint, config
+
+
+def _reader(source: str | Path) -> tuple[Path, Callable[[Path], weights.Checkpoint]]:
     path = Path(source).expanduser()
     if source in PACKAGED:
         path = _packaged_file(str(source))
-        return (gguf if path.suffix == ".gguf" else glassllm).read(path)
+        return path, (gguf if path.suffix == ".gguf" else glassllm).read
     if path.suffix == ".gguf" and path.is_file():
-        return gguf.read(path)
+        return path, gguf.read
     if path.is_dir():
-        return huggingface.read(path)
+        return path, huggingface.read
     near = difflib.get_close_matches(str(source).lower(), PACKAGED, n=1, cutoff=0.4)
     raise (FileNotFoundError if path.suffix == ".gguf" else ValueError)(
         f"unknown model source {str(source)!r}{f'; did you mean {near[0]!r}?' if near else '.'} Allowed: "
@@ -113,11 +122,42 @@ def _packaged_file(name: str) -> Path:
     return path
 
 
-def _config(checkpoint: weights.Checkpoint, settings: dict[str, Any]) -> decoder.Config:
+def _check_settings(settings: dict[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(decoder.Config)]
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown model setting {name!r}{hint} Known: {', '.join(known)}")
-    return decoder.Config(**checkpoint.config | settings)
+
+
+def _check_sizes(checkpoint: weights.Checkpoint, config: decoder.Config) -> None:
+    if checkpoint.tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{checkpoint.path}: the tokenizer has {checkpoint.tokenizer.vocab_size} ids, "
+            f"the model only {config.vocab_size}; one of the two belongs to another model"
+        )
+    if config.num_layers > len(checkpoint.stored):
+        raise ValueError(
+            f"{checkpoint.path}: the config asks for {config.num_layers:,} layers, "
+            f"the file holds {len(checkpoint.stored)} tensors; one of the two belongs to another model"
+        )
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """A file from a stranger may hold anything where a number or a name belongs: what comes of it is told as its fault.
+
+    The readers refuse what is likely by themselves; this is for the rest.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error!s:.500}") from error
+    except Exception as error:
+        if not isinstance(error, MALFORMED) and type(error) is not Exception:  # `tokenizers` raises nothing narrower
+            raise
+        what = f"{type(error).__name__}: {error!s:.500}"
+        raise ValueError(f"{path} is damaged, or does not hold what its format asks for ({what})") from error

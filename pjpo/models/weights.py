@@ -94,8 +94,10 @@ def _assemble(leaf: Any, parts: Iterable[tuple[Place, np.ndarray]], sharding: An
     everywhere = {None: (slice(None),) * leaf.ndim}
     places = everywhere if sharding is None else sharding.addressable_devices_indices_map(leaf.shape)
     places = {device: _with_ends(place, leaf.shape) for device, place in places.items()}
-    shards = {str(place): (np.empty(_sizes(place), leaf.dtype), place) for place in places.values()}
+    shards: dict[str, tuple[np.ndarray, Place]] = {}
     for where, part in parts:
+        if not shards:  # not before the first part is here: a config that lies about sizes is refused by then
+            shards = {str(place): (np.empty(_sizes(place), leaf.dtype), place) for place in places.values()}
         for shard, place in shards.values():
             _copy(part.reshape(_sizes(where)), where, shard, place)
         del part  # or it would live until the next one has been read

@@ -1,0 +1,368 @@
+"""Model files from strangers, damaged or made to harm: a named error, soon, in little memory, and no code is run."""
+
+import contextlib
+import json
+import pickle
+import shutil
+import signal
+import struct
+import tracemalloc
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from pjpo.models import load
+from tests.models import tiny_llama
+
+SECONDS, BYTES = 20, 2**27  # each may take a thousandth of that; what is refused here would take for ever
+CONFIG = tiny_llama.CONFIG | {"vocab_size": len(tiny_llama.vocabulary()), "num_hidden_layers": 1}
+EXAMPLES = hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+
+UINT8, UINT32, FLOAT32, STRING, ARRAY = 0, 4, 6, 8, 9  # types of GGUF's values
+
+
+@contextlib.contextmanager
+def bounded():
+    """Ends the test where it takes too long, and looks at what was allocated."""
+
+    def stop(number, frame):
+        raise AssertionError(f"still at it after {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < BYTES
+    finally:
+        tracemalloc.stop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def problem(function, *arguments, **settings):
+    """What it says where it refuses; None where it does not."""
+    with bounded():
+        try:
+            function(*arguments, **settings)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+    return None
+
+
+def loads_or_says_why(path):
+    """Whichever it is; what is said names the file."""
+    said = problem(load, path)
+    assert said is None or (str(path) in said and len(said) < 2000), said
+
+
+def refused(path, message="."):
+    with bounded(), pytest.raises(ValueError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value
+
+
+def array(kind, values, length=None):
+    return struct.pack("<IQ", kind, len(values) if length is None else length) + b"".join(values)
+
+
+def uint32(value):
+    return struct.pack("<I", value)
+
+
+def gguf_fields():
+    """Name -> (type, content), as llama.cpp's converter writes them."""
+    tokens = tiny_llama.vocabulary()
+    numbers = {
+        "block_count": 1,
+        "context_length": 32,
+        "embedding_length": 12,
+        "feed_forward_length": 20,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 6,
+        "attention.value_length": 6,
+    }
+    return {
+        "general.architecture": (STRING, text(b"llama")),
+        **{f"llama.{name}": (UINT32, uint32(value)) for name, value in numbers.items()},
+        "llama.attention.layer_norm_rms_epsilon": (FLOAT32, struct.pack("<f", 1e-5)),
+        "tokenizer.ggml.model": (STRING, text(b"gpt2")),
+        "tokenizer.ggml.pre": (STRING, text(b"smollm")),
+        "tokenizer.ggml.tokens": (ARRAY, array(STRING, [text(token.encode()) for token in tokens])),
+        "tokenizer.ggml.token_type": (ARRAY, array(UINT32, [uint32(3 if t[0] == "<" else 1) for t in tokens])),
+        "tokenizer.ggml.merges": (ARRAY, array(STRING, [text(b"h e")])),
+        "tokenizer.ggml.eos_token_id": (UINT32, uint32(1)),
+    }
+
+
+def gguf_tensors():
+    """Name -> (shape, type, content)."""
+    names = {"embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "model.layers": "blk"}
+    names |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {"self_attn.o_proj": "attn_output"}
+    names |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    found = {}
+    for name, value in tiny_llama.tensors(CONFIG).items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        found[name.removeprefix("model.")] = (value.shape, 0, value.tobytes())
+    return found
+
+
+def write_gguf(path, fields=None, tensors=None, *, num_fields=None, num_tensors=None, offset=0):
+    """By the format's own description; the counts and the tensors' places may be lies."""
+    fields, tensors = gguf_fields() | (fields or {}), gguf_tensors() | (tensors or {})
+    counts = len(tensors) if num_tensors is None else num_tensors, len(fields) if num_fields is None else num_fields
+    head, body = b"GGUF" + struct.pack("<IQQ", 3, *counts), b""
+    for name, (kind, content) in fields.items():
+        head += text(name.encode()) + uint32(kind) + content
+    for name, (shape, kind, content) in tensors.items():
+        head += text(name.encode()) + uint32(len(shape)) + struct.pack(f"<{len(shape)}Q", *shape[::-1])
+        head += uint32(kind) + struct.pack("<Q", len(body) + offset)
+        body += content + bytes(-len(content) % 32)
+    path.write_bytes(head + bytes(-len(head) % 32) + body)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder and a GGUF file that load."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "folder").mkdir()
+    tiny_llama.write_folder(root / "folder", CONFIG)
+    (root / "folder" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    )
+    (root / "folder" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
+    write_gguf(root / "tiny.gguf")
+    load(root / "folder")
+    load(root / "tiny.gguf")
+    return root
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole / "folder", tmp_path / "folder")
+
+
+@strategies.composite
+def damage(draw, content):
+    """Bytes of it changed, taken out or put in at a few places; half of these in the first part, which says sizes."""
+    content = bytearray(content)
+    for _ in range(draw(strategies.integers(1, 4))):
+        place = draw(strategies.integers(0, min(len(content), draw(strategies.sampled_from([64, 512, 2**30])) - 1)))
+        many = draw(strategies.integers(0, 8))
+        content[place : place + many] = draw(strategies.binary(max_size=8) | strategies.just(b"\xff" * many))
+    return bytes(content[: draw(strategies.integers(0, len(content)))] if draw(strategies.booleans()) else content)
+
+
+@EXAMPLES
+@hypothesis.given(strategies.data())
+def test_damaged_gguf(whole, data):
+    path = whole / "damaged.gguf"
+    path.write_bytes(data.draw(damage((whole / "tiny.gguf").read_bytes())))
+    loads_or_says_why(path)
+
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@EXAMPLES
+@hypothesis.given(strategies.data())
+def test_damaged_folder(whole, data):
+    folder, name = whole / "damaged", data.draw(strategies.sampled_from(FILES))
+    shutil.copytree(whole / "folder", folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(data.draw(damage((folder / name).read_bytes())))
+    loads_or_says_why(folder)
+
+
+ODD = strategies.recursive(
+    strategies.sampled_from(
+        [None, True, "", "../x", -1, 0, 2**40, 2**70, 1e308, -0.5, float("nan"), "é\ud800", [], {}]
+    ),
+    lambda inner: strategies.lists(inner, max_size=2) | strategies.dictionaries(strategies.text(max_size=2), inner),
+    max_leaves=3,
+)
+
+
+@strategies.composite
+def another_value(draw, tree):
+    """The JSON tree with one of its values replaced, or left out."""
+    if not isinstance(tree, dict | list) or not tree or draw(strategies.integers(0, 5)) == 0:
+        return draw(ODD)
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    key = draw(strategies.sampled_from(keys))
+    changed = tree.copy()
+    if draw(strategies.integers(0, 5)) == 0:
+        del changed[key]
+    else:
+        changed[key] = draw(another_value(tree[key]))
+    return changed
+
+
+@EXAMPLES
+@hypothesis.given(strategies.data())
+def test_json_that_says_something_else(whole, data):
+    folder = whole / "odd"
+    shutil.copytree(whole / "folder", folder, dirs_exist_ok=True)
+    name = data.draw(strategies.sampled_from([name for name in FILES if name.endswith(".json")]))
+    tree = data.draw(another_value(json.loads((folder / name).read_text())))
+    (folder / name).write_text(json.dumps(tree))
+    loads_or_says_why(folder)
+
+
+HUGE = 2**60
+
+
+@pytest.mark.parametrize(
+    ("fields", "others"),
+    [
+        ({}, {"num_fields": HUGE}),
+        ({}, {"num_tensors": HUGE}),
+        ({}, {"offset": HUGE}),
+        ({"zeros": (ARRAY, array(UINT8, [], HUGE))}, {}),
+        ({"texts": (ARRAY, array(STRING, [], HUGE))}, {}),
+        ({"nested": (ARRAY, array(ARRAY, [array(ARRAY, [])], 2) * 5000)}, {}),
+        ({"text": (STRING, struct.pack("<Q", HUGE))}, {}),
+        ({"general.alignment": (UINT32, uint32(0))}, {}),
+        ({"llama.block_count": (UINT32, uint32(2**32 - 1))}, {}),
+        ({"llama.embedding_length": (UINT32, uint32(2**32 - 1))}, {}),
+        ({"llama.attention.head_count": (UINT32, uint32(0))}, {}),
+        ({"llama.attention.head_count": (STRING, text(b"four"))}, {}),
+        ({"tokenizer.ggml.eos_token_id": (STRING, text(b"end"))}, {}),
+        ({"tokenizer.ggml.merges": (ARRAY, array(STRING, [text(b"one")]))}, {}),
+        ({"tokenizer.ggml.tokens": (ARRAY, array(STRING, []))}, {}),
+        ({}, {"tensors": {"blk.0.attn_q.weight": ((2**40, 2**40), 0, b"")}}),
+        ({}, {"tensors": {"blk.0.attn_q.weight": ((24, 12), 99, b"")}}),
+    ],
+)
+def test_gguf_that_lies(tmp_path, fields, others):
+    refused(write_gguf(tmp_path / "liar.gguf", fields, **others))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**15},
+        {"hidden_size": 10**15},
+        {"head_dim": "six"},
+        {"num_attention_heads": 0},
+        {"max_position_embeddings": [32]},
+    ],
+)
+def test_a_config_that_lies(folder, change):
+    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    refused(folder)
+
+
+def test_a_header_that_lies(folder):
+    path = folder / "model.safetensors"
+    for size in (HUGE, 2**63, 10**8):
+        path.write_bytes(struct.pack("<Q", size) + path.read_bytes()[8:])
+        refused(folder, "damaged or cut short")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "deeper/../../secret.safetensors"])
+def test_an_index_cannot_lead_out_of_the_folder(folder, name):
+    shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
+    names = tiny_llama.tensors(CONFIG)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    refused(folder, "names '.*'")
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": None}}])
+def test_an_index_of_another_kind(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    loads_or_says_why(folder)
+
+
+class Harm:
+    """What unpickling it does."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+def test_a_pickle_is_never_opened(folder):
+    """Not in the place of weights, not beside them, not inside an archive."""
+    harm = pickle.dumps(Harm())
+    (folder / "pytorch_model.bin").write_bytes(harm)
+    load(folder)
+    for name in FILES:
+        shutil.copytree(folder, folder.parent / name)
+        (folder.parent / name / name).write_bytes(harm)
+        refused(folder.parent / name, name)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"safetensors"):
+        load(folder)
+
+
+def test_an_archive_with_a_pickle_is_refused(tmp_path, monkeypatch):
+    from pjpo.models import glassllm
+
+    np.savez(tmp_path / "en.npz", E=np.array([Harm()], object), __config__="{}")
+    with pytest.raises(ValueError, match=r"en\.npz .*damaged"):
+        glassllm.read(tmp_path / "en.npz")
+
+
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__init__.__globals__ }}",
+    "{{ raise_exception.__globals__['__builtins__'] }}",
+    "{{ strftime_now.__globals__ }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ messages | map(attribute='__class__.__mro__') | list }}",
+    "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(cycler) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import '/etc/passwd' as x %}",
+    "{% set x = messages.append(1) %}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**12 }}",
+    "{{ 10 ** 10 ** 9 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{{ 1 / 0 }}",
+    "{{ messages[5]['content'] + 1 }}",
+    "{% if %}",
+    "{{ '%0999999999d' % 1 }}",
+    "{{ 'a'.center(10**9) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+)
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_template_reaches_nothing(folder, template):
+    """Neither Python's internals nor files nor the messages themselves, and not all the time and memory there is."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    messages = [{"role": "user", "content": "hello"}]
+    _, _, tokenizer = load(folder)
+    shown = []
+    said = problem(lambda: shown.append(tokenizer.render_chat(messages, add_generation_prompt=True)))
+    if said is None:
+        assert not any(word in shown[0] for word in ("class", "builtins", "root:", "uid=", "function"))
+    else:
+        assert "the chat template refuses" in said
+    assert messages == [{"role": "user", "content": "hello"}]
+
+
+@EXAMPLES
+@hypothesis.given(strategies.data())
+def test_damaged_templates(whole, data):
+    _, _, tokenizer = load(whole / "folder")
+    source = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] | trim }}{% if not loop.last %}\n{% endif %}"
+    )
+    source += "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template = data.draw(damage(source.encode())).decode(errors="replace")
+    problem(tokenizer.render_chat, [{"role": "user", "content": "hello"}], add_generation_prompt=True)
