@@ -79,7 +79,7 @@ def override(value: Any, changes: Mapping[str, Any]) -> Any:
 def launch(value: Experiment, argv: list[str] | None = None) -> None:
     """The command line of an experiment: typed overrides, --smoke, --resume, --help."""
     main = sys.modules["__main__"]
-    name = main.__spec__.name.removeprefix("experiments.") if main.__spec__ else "experiment"
+    name = main.__spec__.name.removeprefix("experiments.") if main.__spec__ else Path(main.__file__ or "").stem
 
     def parse(default: Experiment) -> Options:
         return tyro.cli(

@@ -60,7 +60,7 @@ class Experiment:
     batch_size: int  # prompts in an update, over all devices
     reference: step.Reference  # none, online (a second set of weights), stored (on disk), adapter (weights less LoRA)
     evaluation: Any = None  # what is measured along training; a config with `build(context, data)`, see pjpo/evals
-    keep_best_by: tuple[str, str] | None = None  # (metric, "max" or "min"): keep that checkpoint beside the last ones
+    keep_best_by: tuple[str, Literal["max", "min"]] | None = None  # a metric: keep the best checkpoint beside the last
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
     pack: bool = False  # leave padding out of the computation, and even batches out; worth it where lengths vary
     mesh: sharding.Config = dataclasses.field(default_factory=sharding.Config)

@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,14 @@ def test_adapters_can_be_asked_for_where_there_are_none_and_left_out_where_there
     assert "--model.lora.rank INT 0 for no adapters: all weights are trained (default: 0)" in text
 
 
+def test_a_file_is_run_under_its_own_name(monkeypatch, begun):
+    """python experiments/dpo_glass.py"""
+    file = registry.FOLDER / "dpo_glass.py"
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=None, __file__=str(file), __doc__=""))
+    registry.launch(registry.get("dpo_glass"), [])
+    assert begun[0][0] == "dpo_glass"
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_smoke_is_smaller_and_can_be_overridden(command, begun, name):
     command(name, "--smoke", "--seed", 5)
@@ -137,6 +146,11 @@ def test_smoke_is_smaller_and_can_be_overridden(command, begun, name):
         (["--smoek"], "Perhaps you meant: --smoke"),
         (["--method.beta=high"], "Error parsing --method.beta: could not convert string to float: 'high'"),
         (["--batch-size", 2.5], "Error parsing --batch-size: invalid literal for int() with base 10: '2.5'"),
+        (
+            ["--keep-best-by", "eval/loss", "most"],
+            "Error parsing --keep-best-by: no type matching",
+        ),
+        (["--model.lora.rank=-1"], "lora: rank must be at least 1, or 0 for no adapters, got -1"),
         (["--reference", "stroed"], "invalid choice 'stroed' for argument '--reference'"),
         (["--method.beta=-1"], "dpo: beta must be > 0"),
         (["--loop.num-steps=0"], "num_steps must be at least 1, got 0"),
