@@ -112,8 +112,12 @@ def test_chats_are_learned_by_their_last_turn_or_all(tmp_path):
         ValueError, match=r"(?s)no row that can be used:.*  skipped, several turns, but the chat template"
     ):
         supervised.Config(path=path, turns="all").build(unmarked)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_turns_that_are_none_are_refused():
     with pytest.raises(ValueError, match="data: turns must be one of last, all, got 'first'"):
-        supervised.Config(path=path, turns="first")
+        supervised.Config(path="chats.jsonl", turns="first")
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
