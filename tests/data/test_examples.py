@@ -19,15 +19,15 @@ def fields(draw):
     """Of an example, which the test makes: checking its annotations draws from `random`, as strategies must not."""
     completions = tuple(draw(st.lists(IDS, max_size=3)))
     masks = tuple(np.array([draw(st.booleans()) for _ in ids], bool) for ids in completions)
-    return dict(
-        prompt=draw(IDS),
-        completions=completions,
-        columns=draw(COLUMNS),
-        id=draw(st.text(max_size=9)),
-        loss_masks=draw(st.sampled_from([None, masks])),
-        labels=draw(st.sampled_from([None, tuple(bool(len(ids) % 2) for ids in completions)])),
-        source=draw(st.sampled_from([None, 0, 2])),
-    )
+    return {
+        "prompt": draw(IDS),
+        "completions": completions,
+        "columns": draw(COLUMNS),
+        "id": draw(st.text(max_size=9)),
+        "loss_masks": draw(st.sampled_from([None, masks])),
+        "labels": draw(st.sampled_from([None, tuple(bool(len(ids) % 2) for ids in completions)])),
+        "source": draw(st.sampled_from([None, 0, 2])),
+    }
 
 
 def assert_same(found, expected):
