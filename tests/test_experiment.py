@@ -306,9 +306,7 @@ def test_what_cannot_work_leaves_no_folder(tmp_path, model):
 
 def test_keeping_the_best_by_what_is_not_measured_is_refused_before_training(tmp_path, model):
     wrong = QUICK | {"model.source": str(model), "keep_best_by": ("eval/los", "min")}
-    with pytest.raises(
-        ValueError, match=r"no metric 'eval/los'; did you mean 'eval/loss'\? Known: eval/logps/chosen, "
-    ):
+    with pytest.raises(ValueError, match=r"no metric 'eval/los'; did you mean 'eval/loss'\? Known: .*eval/loss"):
         experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, wrong), root=tmp_path)
     (folder,) = tmp_path.glob("tiny/*")
     assert not (folder / "checkpoints").exists()

@@ -222,7 +222,7 @@ def test_an_update_is_the_same_in_any_number_of_microbatches(method):
     }
     for config in method.configs:
         results = []
-        for num_microbatches in (1, 2, 4, 8):
+        for num_microbatches in (1, 4):
             state = init_state(policy, params, optimizer, jax.random.key(0), mesh)
             reference = "none" if ref_logps is None else "stored"
             options = {"reference": reference, "num_microbatches": num_microbatches}
