@@ -94,7 +94,9 @@ def test_logps_equal_transformers(family, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND)
 
 
-@pytest.mark.parametrize("family", WITHOUT)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("llama2", "llama3", "qwen2") else f for f in WITHOUT]
+)
 def test_scanned_layers_and_greedy_decoding_equal_transformers(family, tmp_path):
     batch, expected, greedy = reference(family)
     policy, params, _ = load(folder_of(family, tmp_path), scan_layers=True)

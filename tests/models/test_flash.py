@@ -33,7 +33,7 @@ def through(kernel, streams, qkv):
     return kernel(shape, qkv, jnp.concatenate([streams.prompt_keys, own], axis=1), SCORING.scale)
 
 
-@pytest.mark.parametrize("sizes", [(5, 2, 4), (40, 3, 70)])  # one block, and several
+@pytest.mark.parametrize("sizes", [pytest.param((5, 2, 4), marks=pytest.mark.slow), (40, 3, 70)])  # one block; several
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_equals_the_plain_attention(kernel, sizes, monkeypatch):
     if kernel == "cudnn":

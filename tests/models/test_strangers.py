@@ -18,7 +18,7 @@ from tests.models import tiny_llama
 
 SECONDS, BYTES = 20, 2**27  # each may take a thousandth of that; what is refused here would take for ever
 CONFIG = tiny_llama.CONFIG | {"vocab_size": len(tiny_llama.vocabulary()), "num_hidden_layers": 1}
-EXAMPLES = hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+EXAMPLES = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 
 UINT8, UINT32, FLOAT32, STRING, ARRAY = 0, 4, 6, 8, 9  # types of GGUF's values
 
