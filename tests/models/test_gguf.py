@@ -126,3 +126,16 @@ def test_cut_short_anywhere(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"tiny\.gguf"):
         load(path)
+
+
+def test_a_quantisation_without_a_reader_is_refused_by_name(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "new.gguf", "llama")
+    kind = gguf.GGMLQuantizationType.Q8_K  # what llama.cpp computes with in between; no file should hold it
+    block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    writer.add_tensor(gguf_reader.ROPE_DIVISORS, block, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"new\.gguf: tensor 'rope_freqs\.weight' is quantised as Q8_K"):
+        load(tmp_path / "new.gguf")
