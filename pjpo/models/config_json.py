@@ -16,7 +16,12 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-OURS = ("dtype", "param_dtype", "scan_layers", "remat", "head_block_numbers", "lora")  # how it computes, not what
+REWARD_MODELS = {
+    family: name.replace("Gemma3", "Gemma3Text").replace("ForCausalLM", "ForSequenceClassification")
+    for family, name in ARCHITECTURES.items()
+}
+# How it computes, not what.
+OURS = ("dtype", "param_dtype", "scan_layers", "remat", "attention", "head_block_numbers", "lora")
 
 
 def to_config_json(config: decoder.Config) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def _stored(family: str, config: decoder.Config) -> dict[str, Any]:
     activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation]
     stored = {
         "model_type": family,
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [ARCHITECTURES[family] if config.language_head else REWARD_MODELS[family]],
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
         "intermediate_size": config.mlp_dim,
@@ -71,6 +76,8 @@ def _stored(family: str, config: decoder.Config) -> dict[str, Any]:
         "rope_scaling": _scaling(config),
         "torch_dtype": config.param_dtype,
     }
+    if not config.language_head:
+        stored |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}  # one label; silence would mean two
     if family == "llama":
         return stored | {"hidden_act": activation, "mlp_bias": False}
     stored |= {"sliding_window": config.sliding_window}

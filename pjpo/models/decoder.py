@@ -97,6 +97,7 @@ class Config:
     head_block_numbers: int = 2**25  # logits that exist at once, see `pjpo.logps.token_logps`
     lora: lora.Config | None = None
     scalar_head: bool = False  # a number beside the logits: a reward, or a critic's estimate
+    language_head: bool = True  # False: a reward model as folders hold it, with the scalar head in the logits' place
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
@@ -127,6 +128,10 @@ class Config:
         if self.head_block_numbers < self.vocab_size:
             raise ValueError(
                 f"model: head_block_numbers {self.head_block_numbers} holds no position's {self.vocab_size} logits"
+            )
+        if not self.language_head and not self.scalar_head:
+            raise ValueError(
+                "model: without a language head there must be a scalar_head; set it, or load another model"
             )
         if self.lora is not None and not self.lora.rank:
             object.__setattr__(self, "lora", None)  # one spelling of no adapters: configs that are equal compare equal
@@ -303,7 +308,7 @@ class Decoder(nn.Module):
                 x, cache = block(c, local, name=f"layers_{i}")(x, turns, None, attend, cache)
                 each.append(cache)
             caches = tuple(each)
-        if not c.tied_head:
+        if c.language_head and not c.tied_head:
             Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="head")()
         if c.scalar_head and self.is_initializing():  # read in `pjpo.models.policy`; scores start at zero
             self.variable("scalar_head", "kernel", jnp.zeros, (c.model_dim,), jnp.dtype(c.param_dtype))
@@ -323,7 +328,16 @@ class Table(nn.Module):
 
 
 def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
-    """The output head's rows: the embedding where the two are tied."""
+    """The output head's rows: the embedding where the two are tied.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if not config.language_head:
+        raise ValueError(
+            "this is a reward model, without a language head: it scores completions (`policy.scores`), and has neither "
+            "log-probs nor samples; load a language model for these"
+        )
     return params["params"]["embed" if config.tied_head else "head"]["table"]
 
 

@@ -57,11 +57,12 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 def from_config_json(stored: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of `decoder.Config` that a config.json decides; `path` is named in errors.
 
-    Of a Gemma 3 that sees images too, those of its text part.
+    Of a Gemma 3 that sees images too, those of its text part. `...ForSequenceClassification` is a reward model.
 
     Raises:
         ValueError: another architecture, a setting that the decoder lacks, or one that is missing.
     """
+    is_reward = any(name.endswith("ForSequenceClassification") for name in stored.get("architectures") or ())
     if stored.get("model_type") == "gemma3" and isinstance(stored.get("text_config"), dict):  # sees images too
         stored = stored["text_config"] | {"model_type": "gemma3_text"}
     family = stored.get("model_type")
@@ -95,6 +96,8 @@ def from_config_json(stored: dict[str, Any], path: Path) -> dict[str, Any]:
             "attention_softcap": config.optional("attn_logit_softcapping"),
             "logit_softcap": config.optional("final_logit_softcapping"),
         }
+    if is_reward:
+        settings |= {"scalar_head": True, "language_head": False}
     window, rope = _window(family, config, path), _rope(config, path)
     if not window:
         rope.pop("rope_theta_local", None)  # no layer is local

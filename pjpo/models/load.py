@@ -44,14 +44,15 @@ def load(
         dtype: of products and activations; weights at rest have the setting `param_dtype`, float32 unless given.
         mesh: devices to spread the parameters over; one device without it.
         key: draws the adapters, where the setting `lora` asks for them; jax.random.key(0) unless given.
-        settings: further fields of `decoder.Config`: scan_layers, remat, lora, scalar_head, ...
+        settings: further fields of `decoder.Config`: scan_layers, remat, lora, scalar_head, ... With scalar_head a
+            language model gets a new head, which scores everything 0, and a reward model's folder keeps its own.
 
     Returns:
         The policy, its parameters and its tokenizer.
 
     Raises:
-        ValueError: an unknown source or setting, a damaged file, weights that do not match their config, or an
-            architecture that the decoder does not cover.
+        ValueError: an unknown source or setting, a damaged file, weights that do not match their config, an
+            architecture that the decoder does not cover, or a reward model's folder with scalar_head=False.
         FileNotFoundError: a file that is missing.
         ModuleNotFoundError: the package that carries the model is not installed.
     """
@@ -59,10 +60,11 @@ def load(
     policy = Policy(config)
     with _blaming(checkpoint.path):
         abstract = jax.eval_shape(policy.init, jax.random.key(0))
-        weights_only = {"params": abstract["params"]}
+        stored = ("params",) if config.language_head else ("params", "scalar_head")
+        weights_only = {name: abstract[name] for name in stored}
         shardings = None if mesh is None else sharding.shardings(weights_only, mesh)
         params = weights.to_params(checkpoint, config, weights_only, shardings)
-    if names := [name for name in abstract if name != "params"]:  # adapters, a scalar head
+    if names := [name for name in abstract if name not in stored]:  # adapters, a new scalar head
         # The compiler drops the weights that nobody asks for.
         draw = jax.jit(lambda key: {name: policy.init(key)[name] for name in names})
         added = draw(jax.random.key(0) if key is None else key)
@@ -85,6 +87,11 @@ def _describe(source: str | Path, settings: dict[str, Any]) -> tuple[weights.Che
     _check_settings(settings)
     with _blaming(path):
         checkpoint = read(path)
+        if checkpoint.config.get("scalar_head") and settings.get("scalar_head") is False:
+            raise ValueError(
+                f"{path} is a reward model (score.weight in the place of a language head) where a language model is "
+                "expected; give the model that it was trained from, or set scalar_head to use it for scores"
+            )
         config = decoder.Config(**checkpoint.config | settings)
         _check_sizes(checkpoint, config)
     return checkpoint, config

@@ -31,6 +31,7 @@ _HUGGING_FACE = {
     "down": "model.layers.{}.mlp.down_proj.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
+    "score": "score.weight",
 }
 _HUGGING_FACE_POST_NORMS = {  # where the same word stands for another place
     "attention_post_norm": "model.layers.{}.post_attention_layernorm.weight",
@@ -125,7 +126,9 @@ def tensors(config: Config) -> dict[str, Tensor]:
         table |= {name: whole(name, "scale", h) for name in ("q_norm", "k_norm")}
     if config.post_norms:
         table |= {name: whole(name, "scale", model) for name in ("attention_post_norm", "mlp_post_norm")}
-    if not config.tied_head:
+    if not config.language_head:  # `...ForSequenceClassification` of one label, in its own collection of parameters
+        table["score"] = Tensor(path=("scalar_head", "kernel"), where=_place(model), stored=(1, model))
+    elif not config.tied_head:
         table["head"] = whole("head", "table", vocab, model)
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -37,6 +38,10 @@ def save(
     config.json, safetensors files (with an index where there are several), tokenizer files with the chat template, and
     generation_config.json with the tokens that end a turn. Weights keep the dtype that they are stored in.
 
+    Parameters with a scalar head are saved as a reward model: `...ForSequenceClassification` of one label, whose
+    score.weight is in the place of the language head. Where padding is a token that ends a turn, config.json names no
+    padding: `transformers` would read the score before the end token, and without one it takes single rows alone.
+
     Args:
         path: a folder that is empty or not there.
         policy: the model.
@@ -52,8 +57,8 @@ def save(
 
     Raises:
         FileExistsError: something is there.
-        ValueError: adapters alone where there are none, a scalar head, a model that no family of `transformers` is,
-            parameters that are spread over several processes.
+        ValueError: adapters alone where there are none or beside a scalar head, a model that no family of
+            `transformers` is, parameters that are spread over several processes.
     """
     path = Path(path).expanduser()
     check_free(path)
@@ -61,17 +66,20 @@ def save(
         raise ValueError("there are no adapters to save alone: the parameters hold weights only; save them merged")
     if "lora" in params and policy.config.lora is None:
         raise ValueError("the parameters hold adapters, but the policy has none; give the policy that they belong to")
-    if "scalar_head" in params:
-        raise ValueError(
-            "the parameters hold a scalar head, for which a folder of a language model has no place; the run's "
-            "checkpoint keeps it; to save the language model alone, leave 'scalar_head' out of params"
-        )
+    is_reward = "scalar_head" in params
+    if adapters == "alone" and is_reward:
+        raise ValueError("a folder of adapters alone has no place for the scalar head; save them merged")
+    if not (is_reward or policy.config.language_head):
+        raise ValueError("the parameters of a reward model lack their 'scalar_head', and there is no language head")
+    policy = Policy(dataclasses.replace(policy.config, scalar_head=is_reward, language_head=not is_reward))
     if any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
         raise ValueError(
             "the parameters are spread over several processes; save a checkpoint and export it with one process: "
             "python -m pjpo.models.export RUN DIR"
         )
     config = to_config_json(policy.config) | _special_ids(tokenizer)
+    if is_reward and config["pad_token_id"] in tokenizer.stop_ids:
+        config["pad_token_id"] = None
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     beside.mkdir()
@@ -140,7 +148,7 @@ def _write_shards(folder: Path, policy: Policy, params: dict, max_bytes: int) ->
 def _tensor(config: decoder.Config, params: dict, name: str, layer: int) -> np.ndarray:
     """One tensor as the file holds it, its adapter folded in."""
     tensor = names.tensors(config)[name]
-    part = _leaf(params["params"], *tensor.path, layer)[tensor.where]
+    part = _leaf(params["params"] | params, *tensor.path, layer)[tensor.where]
     if "lora" in params and name in config.lora.targets:
         a, b = _adapter(params["lora"], name, layer)
         update = np.float32(config.lora.alpha / config.lora.rank) * (a.astype(np.float32) @ b.astype(np.float32))

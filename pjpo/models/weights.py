@@ -53,7 +53,7 @@ def to_params(checkpoint: Checkpoint, config: decoder.Config, abstract: dict, sh
     _check_names(checkpoint.path, wanted, set(checkpoint.stored))
 
     def fill(path: tuple, leaf: Any, sharding: Any = None) -> jax.Array:
-        *_, scope, module, kind = (entry.key for entry in path)
+        *_, scope, module, kind = ("params", *(entry.key for entry in path))
         layers = {"params": [0], "layers": range(config.num_layers)}.get(scope) or [int(scope.removeprefix("layers_"))]
         parts = (
             (

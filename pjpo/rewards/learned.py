@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float32
 
+from pjpo import models
 from pjpo.rollouts import pad
 from pjpo.types import Batch
 
@@ -19,6 +21,20 @@ class RewardModel:
     policy: Any  # with `scores(params, batch)`
     params: dict
     tokenizer: Any  # its own
+
+    @classmethod
+    def load(cls, source: str | Path, **settings: Any) -> RewardModel:
+        """From a folder that `pjpo.models.save` or `transformers` wrote; settings as in `pjpo.models.load`.
+
+        Raises:
+            ValueError: a language model, or what `pjpo.models.load` refuses.
+        """
+        if models.config(source, **settings).language_head:
+            raise ValueError(
+                f"{source} is a language model where a reward model is expected: it has no score.weight. Train one "
+                "from it (experiments/reward_hh.py), or give a ...ForSequenceClassification folder"
+            )
+        return cls(*models.load(source, **settings))
 
     def scores(self, batch: Batch, tokenizer: Any) -> Float32[np.ndarray, "B N"]:
         """Rewards of completions given as token ids.

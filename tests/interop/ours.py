@@ -34,6 +34,10 @@ def write(folder: pathlib.Path, source: pathlib.Path | str) -> None:
     save(folder / "merged", policy, params, tokenizer, max_shard_bytes=8_000)
     save(folder / "adapters", policy, params, tokenizer, adapters="alone", base=str(folder / "full"))
 
+    reward, with_head, _ = load(source, scalar_head=True)
+    with_head["scalar_head"] = {"kernel": rng.normal(size=policy.config.model_dim).astype(np.float32)}
+    save(folder / "reward", reward, with_head, tokenizer)
+
     tokens = rng.integers(0, policy.config.vocab_size, (NUM_ROWS, PROMPT + LENGTH)).astype(np.int32)
     batch = Batch.of(prompt_tokens=tokens[:, :PROMPT], completion_tokens=tokens[:, None, PROMPT:])
     everything = np.broadcast_to(
@@ -44,6 +48,7 @@ def write(folder: pathlib.Path, source: pathlib.Path | str) -> None:
     for name, values in (("full", weights), ("merged", params)):
         found[f"{name}_logps"] = policy.logps(values, batch)[:, 0]
         found[f"{name}_next"] = policy.logps(values, after)[:, :, 0]
+    found["scores"] = reward.scores(with_head, batch)[:, 0]
     text = tokenizer.render_chat(CHAT)
     np.savez(folder / "ours.npz", **found, chat=text, chat_ids=tokenizer.encode(text, special=True))
 

@@ -23,6 +23,19 @@ def differences(model, ours, name):
     return np.abs(rows - ours[f"{name}_logps"]).max(), np.abs(logps[:, -1] - ours[f"{name}_next"]).max()
 
 
+def difference_of_scores(folder, ours):
+    """Row by row: padding is looked for by its id, which these random rows hold too."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "pad_token_id": None}
+    model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True, **options
+    )
+    assert not any(map(len, loaded.values())), loaded
+    with torch.no_grad():
+        rows = torch.tensor(ours["tokens"], dtype=torch.int64)[:, None]
+        scores = [model.eval()(row).logits.item() for row in rows]
+    return np.abs(scores - ours["scores"]).max()
+
+
 def check(folder):
     ours = np.load(folder / "ours.npz")
     make = transformers.AutoModelForCausalLM.from_pretrained
@@ -40,15 +53,18 @@ def check(folder):
         assert tokenizer(str(ours["chat"]), add_special_tokens=False)["input_ids"] == ours["chat_ids"].tolist(), folder
     ends = json.loads((folder / "full" / "generation_config.json").read_text())["eos_token_id"]
     assert full.generation_config.eos_token_id == ends
+    found["reward"] = (difference_of_scores(folder / "reward", ours),)
     return found
 
 
 if __name__ == "__main__":
     worst = 0.0
-    print(f"{'':10}{'full':>20}{'merged':>20}{'adapters':>20}  largest difference: rows, next token")
+    print(
+        f"{'':10}{'full':>20}{'merged':>20}{'adapters':>20}{'reward':>10}  largest difference: rows, next token; scores"
+    )
     for folder in sorted(path.parent for path in pathlib.Path(sys.argv[1]).glob("*/ours.npz")):
         found = check(folder)
-        print(f"{folder.name:10}" + "".join(f"{a:>10.1e}{b:>10.1e}" for a, b in found.values()))
+        print(f"{folder.name:10}" + "".join(f"{value:>10.1e}" for pair in found.values() for value in pair))
         worst = max(worst, *(value for pair in found.values() for value in pair))
     if not worst < BOUND:
         raise SystemExit(f"differs by {worst:.1e} nats, allowed {BOUND:.0e}")

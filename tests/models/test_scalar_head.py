@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pjpo.models import lora
-from pjpo.models.save import save
 from pjpo.packing import pack
 from tests import tiny
 
@@ -74,11 +73,3 @@ def test_it_starts_at_zero_is_trained_beside_adapters_and_is_no_part_of_the_refe
     assert set(policy.without_adapters(params)) == {"params"}
     with pytest.raises(ValueError, match=r"no scalar head, only params; set model\.scalar_head"):
         policy.scores(policy.without_adapters(params), batch)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_folder_of_a_language_model_has_no_place_for_it(tmp_path):
-    policy, params, _ = setup()
-    with pytest.raises(ValueError, match="hold a scalar head, for which a folder of a language model has no place"):
-        save(tmp_path / "model", policy, params, None)
-    assert not (tmp_path / "model").exists()

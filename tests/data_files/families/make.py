@@ -1,8 +1,9 @@
 """Tiny random models of every family with what `transformers` computes for them; torch and transformers make these.
 
 `python tests/data_files/families/make.py` writes, for each: the folder as `save_pretrained` leaves it (weights in
-bfloat16), and in expected.safetensors rows of tokens, their float32 logits, and greedy continuations. Made with
-transformers 5.23 and torch 2.13; `tests/models/test_families.py` reads it.
+bfloat16), and in expected.safetensors rows of tokens, their float32 logits, and greedy continuations; in `reward/` a
+reward model with the float32 scores of rows. Made with transformers 5.23 and torch 2.13; read by `test_families.py` and
+`test_reward_folder.py` in `tests/models/`.
 """
 
 import pathlib
@@ -44,13 +45,8 @@ FAMILIES = {
 PROMPTS, LENGTH = (9, 4), 20  # tokens in each of two prompts; of a whole row
 
 
-def make(name: str, seed: int = 0) -> None:
-    family, settings = FAMILIES[name]
-    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
-    config = config_class(**SIZES | settings)
-    torch.manual_seed(seed)
-    model_class = getattr(transformers, f"{family}ForCausalLM")
-    model = model_class(config)
+def draw(model, family: str) -> None:
+    """Random weights of a size that makes every part of the model matter."""
     for parameter, values in model.named_parameters():
         noise = torch.randn(values.shape)
         if parameter.endswith("norm.weight"):
@@ -58,6 +54,16 @@ def make(name: str, seed: int = 0) -> None:
         elif "embed_tokens" not in parameter and values.ndim == 2:
             noise *= values.shape[1] ** -0.5 * (2 if "q_proj" in parameter else 1)
         values.data = noise
+
+
+def make(name: str, seed: int = 0) -> None:
+    family, settings = FAMILIES[name]
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config = config_class(**SIZES | settings)
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    model = model_class(config)
+    draw(model, family)
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     shards = {"max_shard_size": "6KB"} if name == "llama3" else {}
@@ -91,6 +97,23 @@ def make(name: str, seed: int = 0) -> None:
     save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
 
 
+def make_reward(seed: int = 0) -> None:
+    """A reward model; no row ends before its last token, which the score is read after."""
+    folder = FOLDER / "reward"
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(**SIZES, rope_parameters=PLAIN, tie_word_embeddings=True, num_labels=1)
+    model = transformers.Qwen3ForSequenceClassification(config)
+    draw(model, "Qwen3")
+    model.bfloat16().save_pretrained(folder)
+    model = type(model).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    rows = torch.randint(2, config.vocab_size, (4, LENGTH))
+    with torch.no_grad():
+        scores = model(rows).logits[:, 0]
+    save_file({"tokens": rows, "scores": scores.contiguous()}, folder / "expected.safetensors")
+
+
 if __name__ == "__main__":
+    make_reward()
     for each in FAMILIES:
         make(each)
