@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pjpo import layout, sharding
 from pjpo.models import families, load
 from pjpo.models.rope import Scaling
 from pjpo.packing import pack
@@ -129,6 +130,30 @@ def test_the_text_part_of_a_gemma_that_sees_images(prefix, tmp_path):
     save_file(weights | {"audio_tower.bias": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"the decoder has no place for 'audio_tower\.bias'"):
         load(tmp_path)
+
+
+@jax.jit(static_argnums=(0, 1), compiler_options=tiny.QUICK)
+def logps_and_gradient(policy, mesh, params, batch):
+    """Log-probs, and the gradient of their mean square."""
+    with layout.on(mesh):
+        found, pull_back = jax.vjp(lambda params: policy.logps(params, batch), params)
+        return found, pull_back(2 * found / batch.completion_mask.sum())[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])  # biases; norms of queries and keys, windows, post-norms
+def test_a_mesh_gives_the_numbers_of_one_device(family, tmp_path):
+    batch, expected, _ = reference(family)
+    batch, expected = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), (batch, expected))
+    folder, mesh = folder_of(family, tmp_path), sharding.make_mesh(sharding.Config(data=2, fsdp=2, model=2))
+    policy, params, _ = load(folder, scan_layers=True)
+    _, spread, _ = load(folder, scan_layers=True, mesh=mesh)
+    assert {x.sharding.num_devices for x in jax.tree.leaves(spread)} == {8}
+    _, alone = logps_and_gradient(policy, None, params, batch)
+    found, gradient = logps_and_gradient(policy, mesh, spread, sharding.place_batch(batch, mesh))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(alone))
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * largest)
 
 
 @pytest.mark.slow

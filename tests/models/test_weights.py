@@ -14,9 +14,11 @@ from safetensors.numpy import save_file
 from pjpo import sharding
 from pjpo.models import load
 from tests.models import tiny_llama
+from tests.test_distributed import free_port
 
 SIZES = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
+FEW = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 264}
 LOAD = """
 import sys
 import jax
@@ -27,14 +29,20 @@ def memory(name):
     [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
     return int(line.split()[1]) * 1024
 
-small, large, settings = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+small, large, settings, hosts = *sys.argv[1:3], eval(sys.argv[3]), sys.argv[4:]
+if hosts:
+    jax.distributed.initialize(hosts[0], int(hosts[1]), int(hosts[2]))
 mesh = sharding.make_mesh(sharding.Config(fsdp=4, model=2))
 load(small, mesh=mesh, **settings)  # whatever is loaded or compiled once
 before = memory("VmRSS")
 _, params, _ = load(large, mesh=mesh, **settings)
 jax.block_until_ready(params)
-print(memory("VmHWM") - before, sum(x.nbytes for x in jax.tree.leaves(params)))
+leaves = jax.tree.leaves(params)
+held = sum(part.data.nbytes for x in leaves for part in x.addressable_shards)
+print(memory("VmHWM") - before, held, sum(x.nbytes for x in leaves))
 """
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads memory from /proc")
 
 
 def write_shards(folder, config, num_shards=4):
@@ -57,23 +65,44 @@ def folders(tmp_path_factory):
     """A small one, a large one, and the bytes of its largest tensor."""
     root = tmp_path_factory.mktemp("models")
     largest = write_shards(root / "large", tiny_llama.CONFIG | SIZES)
-    few = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 264}
-    write_shards(root / "small", tiny_llama.CONFIG | SIZES | few)
+    write_shards(root / "small", tiny_llama.CONFIG | SIZES | FEW)
     return root / "small", root / "large", largest
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads memory from /proc")
+@needs_proc
 @pytest.mark.parametrize("settings", [{}, {"scan_layers": True}])
 def test_a_host_holds_its_part_and_one_tensor(folders, settings):
     small, large, largest = folders
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", LOAD, small, large, repr(settings)]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    grown, held = map(int, out.split())
+    grown, held, _ = map(int, out.split())
     # 235 MB of parameters, all of this host, as it has every device. The tensor counts twice: as pages of its file,
     # and as the array made of them. 16 MB are for what Python and JAX take along the way.
     assert held > 230e6
     assert grown < held + 2 * largest + 16e6
+
+
+@pytest.mark.slow
+@needs_proc
+def test_each_of_two_hosts_holds_its_part_and_one_tensor(tmp_path):
+    """Two processes of four devices each; the part that a host reads of a tensor is all of it, what it keeps is not."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    largest = write_shards(large, tiny_llama.CONFIG | SIZES | {"num_hidden_layers": 22})
+    write_shards(small, tiny_llama.CONFIG | SIZES | FEW)
+    environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", LOAD, small, large, "{}", f"localhost:{free_port()}", "2"]
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    hosts = [subprocess.Popen([*command, str(number)], env=environment, **pipes) for number in range(2)]
+    for host in hosts:
+        grown, held, whole = map(int, host.communicate(timeout=300)[0].split())
+        print(
+            f"of {whole / 1e6:.0f} MB in tensors of {largest / 1e6:.0f} MB at most, a host of two keeps "
+            f"{held / 1e6:.0f} MB; while loading its memory grew by {grown / 1e6:.0f} MB at most"
+        )
+        assert whole > 400e6
+        assert held < 0.51 * whole
+        assert grown < held + 2 * largest + 16e6
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
