@@ -17,6 +17,7 @@ from tests.test_experiment import Program
 from tests.test_step import METRICS_BOUND, PARAMS_BOUND
 
 SHORT = ["--loop.num-steps=20", "--loop.evaluate-every-steps=8", "--batch-size=8"]
+LONG = ["--loop.num-steps=60", *SHORT[1:], "--num-microbatches=1"]
 LIMIT = 240  # seconds; a process that is still there is killed
 
 
@@ -94,6 +95,14 @@ def one(tmp_path_factory, model, cache):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, model, cache):
     return make_run(tmp_path_factory.mktemp("two"), model, cache, 2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, model, cache):
+    """A longer run by one process, for those that end early and go on."""
+    hosts = Hosts(tmp_path_factory.mktemp("undisturbed"), model, cache)
+    hosts.begin_run(1, *LONG)
+    return hosts
 
 
 def last_state(hosts, step=20):
@@ -250,9 +259,8 @@ def test_experiments_run_from_end_to_end(tmp_path, name):
 
 @pytest.mark.slow
 def test_four_processes_train_to_the_numbers_of_one(tmp_path, one):
-    hosts = Hosts(tmp_path, one.model)
+    hosts, alone = Hosts(tmp_path / "four", one.model), Hosts(tmp_path / "one", one.model)
     hosts.begin_run(4, *SHORT, "--num-microbatches=1")
-    alone = Hosts(tmp_path / "alone", one.model)
     alone.begin_run(1, *SHORT, "--num-microbatches=1")
     assert_same_run(hosts, alone)
 
@@ -267,36 +275,31 @@ def test_parts_of_the_weights_in_several_processes(tmp_path, one, mesh, devices)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["stored"])
-def test_reference_log_probs_are_stored_once(tmp_path, one, reference):
+def test_reference_log_probs_are_stored_once(tmp_path, one):
     alone, hosts = Hosts(tmp_path / "alone", one.model), Hosts(tmp_path / "two", one.model)
-    alone.begin_run(1, *SHORT, f"--reference={reference}")
-    hosts.begin_run(2, *SHORT, f"--reference={reference}")
+    alone.begin_run(1, *SHORT, "--reference=stored")
+    hosts.begin_run(2, *SHORT, "--reference=stored")
     assert_same_run(hosts, alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4)])
-def test_one_is_killed_and_another_number_goes_on(tmp_path, one, victim, before, after):
-    hosts = Hosts(tmp_path, one.model)
-    settings = [argument for argument in SHORT if "num-steps" not in argument] + ["--num-microbatches=1"]
-    processes = hosts.processes(before, "--model.source", one.model, *settings, "--loop.num-steps=60")
+@pytest.mark.parametrize(("before", "victim", "after"), [(2, 0, 1), (2, 1, 1), (2, 0, 4), (2, 1, 4), (1, 0, 2)])
+def test_one_is_killed_and_another_number_goes_on(tmp_path, undisturbed, cache, before, victim, after):
+    hosts = Hosts(tmp_path, undisturbed.model, cache)
+    processes = hosts.processes(before, "--model.source", hosts.model, *LONG)
     hosts.wait_for(25, processes[0])
     processes[victim].kill()
     started = time.monotonic()
     ended = hosts.end(processes)
     assert time.monotonic() - started < 60  # seconds: heartbeats stop for ten, and then some
-    status, _, err = ended[1 - victim]
-    assert status != 0
-    assert re.search("another one ended|another task died", err)
+    for status, _, err in ended[:victim] + ended[victim + 1 :]:
+        assert status != 0
+        assert re.search("another one ended|another task died", err)
     good = [int(path.name) for path in (hosts.folder / "checkpoints").iterdir() if path.name.isdecimal()]
     assert max(good) >= 14
     out = hosts.run(after, "--resume", hosts.folder)[0][1]
     assert re.search(r"going on from step \d+ of 60", out)
-    alone = Hosts(tmp_path / "alone", one.model)
-    alone.begin_run(1, *settings, "--loop.num-steps=60")
-    assert_same_run(hosts, alone, step=60)
+    assert_same_run(hosts, undisturbed, step=60)
 
 
 @pytest.mark.slow
@@ -318,9 +321,9 @@ def test_one_that_does_not_answer_is_dead(tmp_path, one):
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_stops_all_with_everything_saved(tmp_path, one, asked, how):
-    hosts = Hosts(tmp_path, one.model)
-    processes = hosts.processes(2, "--model.source", one.model, *SHORT[1:], "--loop.num-steps=60")
+def test_a_signal_to_one_stops_all_with_everything_saved(tmp_path, undisturbed, cache, asked, how):
+    hosts = Hosts(tmp_path, undisturbed.model, cache)
+    processes = hosts.processes(2, "--model.source", hosts.model, *LONG)
     hosts.wait_for(10, processes[0])
     processes[asked].send_signal(how)
     ended = hosts.end(processes)
@@ -331,6 +334,4 @@ def test_a_signal_to_one_stops_all_with_everything_saved(tmp_path, one, asked, h
     assert "stopped after" not in ended[1][2]
     assert "Traceback" not in ended[0][2] + ended[1][2]
     hosts.run(1, "--resume", hosts.folder)
-    alone = Hosts(tmp_path / "alone", one.model)
-    alone.begin_run(1, *SHORT[1:], "--loop.num-steps=60")
-    assert_same_run(hosts, alone, step=60)
+    assert_same_run(hosts, undisturbed, step=60)
