@@ -140,6 +140,7 @@ def logps_and_gradient(policy, mesh, params, batch):
         return found, pull_back(2 * found / batch.completion_mask.sum())[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])  # biases; norms of queries and keys, windows, post-norms
 def test_a_mesh_gives_the_numbers_of_one_device(family, tmp_path):
     batch, expected, _ = reference(family)
