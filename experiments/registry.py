@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import dis
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,8 +79,7 @@ def override(value: Any, changes: Mapping[str, Any]) -> Any:
 
 def launch(value: Experiment, argv: list[str] | None = None) -> None:
     """The command line of an experiment: typed overrides, --smoke, --resume, --help."""
-    main = sys.modules["__main__"]
-    name = main.__spec__.name.removeprefix("experiments.") if main.__spec__ else Path(main.__file__ or "").stem
+    name, about = program()
 
     def parse(default: Experiment) -> Options:
         return tyro.cli(
@@ -87,11 +87,11 @@ def launch(value: Experiment, argv: list[str] | None = None) -> None:
             default=Options(experiment=default),
             args=argv,
             prog=f"python -m experiments.{name}",
-            description=main.__doc__,
+            description=about,
             config=(tyro.conf.AvoidSubcommands,),
         )
 
-    try:
+    with told():
         options = parse(value)
         if options.resume:  # the settings are the folder's
             found = runs.read(options.resume)
@@ -101,6 +101,20 @@ def launch(value: Experiment, argv: list[str] | None = None) -> None:
         given = options.is_distributed or options.processes != distributed.Config()
         with distributed.started(options.processes if given else None):
             experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
+
+
+def program() -> tuple[str, str | None]:
+    """Name and header of the experiment that Python was started with."""
+    main = sys.modules["__main__"]
+    name = main.__spec__.name.removeprefix("experiments.") if main.__spec__ else Path(main.__file__ or "").stem
+    return name, main.__doc__
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Errors whose message is enough end the program with that message."""
+    try:
+        yield
     except train.Stopped as stopped:
         raise SystemExit(str(stopped) if distributed.is_first() else 1) from None
     except distributed.Lost as lost:

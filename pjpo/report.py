@@ -184,6 +184,7 @@ def write(folder: str | os.PathLike) -> Path:
     run = runs.read(folder)
     sections = [
         ("Results", _results(run)),
+        ("Plot", _plot(run)),
         ("Reward against KL", _picture(frontier(run), "On held-out data, from the start of training to its end.")),
         ("Learning curves", _picture(learning_curves(run), "Strong: running mean. Diamonds: held-out data.")),
         ("Evaluation", _picture(evaluation_curves(run), "On held-out data. Bands: one standard error.")),
@@ -303,6 +304,13 @@ def _picture(figure: Figure | None, caption: str) -> str:
     figure.savefig(data, format="png", dpi=144)
     source = base64.b64encode(data.getvalue()).decode()
     return f'<p class="caption">{caption}</p><img alt="{caption}" src="data:image/png;base64,{source}">'
+
+
+def _plot(run: runs.Run) -> str:
+    """What the run drew itself, plot.png."""
+    path = run.path / "plot.png"
+    data = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+    return data and f'<img alt="plot" src="data:image/png;base64,{data}">'
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Every claim at five seeds or more, written to docs/claims.md: `python -m experiments.claims`."""
+"""Every claim at five seeds or more, written to docs/claims.md: `python -m experiments.claims`.
+
+The results of studies on real models, which take longer, follow as they lie in docs/studies/: `result.md` and
+`plot.png` of their last published runs, under the name of the study.
+"""
 
 import argparse
 import datetime
@@ -30,6 +34,12 @@ means over seeds ± half a 95 % t-interval; a difference is paired by seed, with
 the interval lies above zero (or above the bound that is given). A toy can refute a mechanism; it cannot show that a
 claim about large models is true. A claim that does not hold here stays in the table.
 """
+REAL = """
+## On real models
+
+Each section is what a run of `python -m experiments.<name>` left: means over seeds ± half a 95 % t-interval, paired
+differences with their interval in brackets. These models are small; what does not hold here may hold for large ones.
+"""
 
 
 def main() -> None:
@@ -44,9 +54,15 @@ def main() -> None:
         num_seeds=options.num_seeds, date=datetime.date.today(), jax=jax.__version__, minutes=minutes
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(f"{header}\n{table(verdicts)}\n", encoding="utf-8")
+    options.out.write_text(f"{header}\n{table(verdicts)}\n{real(options.out.parent / 'studies')}", encoding="utf-8")
     held = sum(verdict.holds for verdict in verdicts)
     print(f"{held} of {len(verdicts)} claims hold; {options.out}")
+
+
+def real(folder: Path) -> str:
+    """The studies that are kept in a folder; nothing without any."""
+    sections = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))]
+    return "\n".join([REAL, *sections]) if sections else ""
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import registry
 from pjpo import report, runs
+from tests.experiments.test_registry import EXPERIMENTS, STUDIES
 
 ROOT = Path(__file__).parents[2]
 MINUTE = 60.0  # seconds
@@ -75,7 +76,7 @@ def smoke(tmp_path_factory):
 
 
 # One experiment goes from pairs that it samples to its report; the others' smoke runs are slow.
-NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n != "dpo_glass" else []) for n in registry.names()]
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n != "dpo_glass" else []) for n in EXPERIMENTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,6 +99,24 @@ def test_ends_within_a_minute_with_everything_in_its_folder(smoke, name):
     source = done.run.config["model"]["source"]
     assert source == "glassllm-en" or Path(source).is_relative_to(done.folder.parents[1])  # what it made itself
     assert any(name.startswith("counts/") for name in done.run.summary)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_ends_within_a_minute_with_its_verdicts(smoke, name):
+    done = smoke(name)
+    assert done.seconds < 2 * MINUTE
+    value = registry.override(registry.get(name), registry.get(name).smoke)
+    files = {"config.json", "samples.jsonl", "plot.png", "result.md", "summary.json", "report.html"}
+    assert files <= {path.name for path in done.folder.iterdir()}
+    assert [row["step"] for row in done.run.samples] == list(range(value.num_seeds))
+    assert all(np.isfinite(list(row["numbers"].values())).all() for row in done.run.samples)
+    text = (done.folder / "result.md").read_text()
+    for claim in value.claims():
+        assert done.run.summary[claim].startswith(("holds", "does not hold"))
+        assert claim in text
+        assert claim in done.out
+    assert "<h2>Plot</h2>" in (done.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.values != ("sft_reviews",)])

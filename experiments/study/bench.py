@@ -1,0 +1,153 @@
+"""Short trainings from one start, and what all of them are measured on: reward, KL, and how held-out pairs are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjpo import models, optim, rollouts, sharding, step
+from pjpo.data import reviews
+from pjpo.data.batches import Batches, in_order
+from pjpo.data.buckets import Buckets, collate
+from pjpo.data.examples import Example
+from pjpo.evals import panel
+from pjpo.experiment import Model, completed
+from pjpo.logps import sum_completion
+from pjpo.rewards import vader
+from pjpo.sampling import Sampling
+from pjpo.types import CHOSEN, Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How every policy of a study is trained, full weights."""
+
+    num_steps: int
+    batch_size: int = 16  # examples in an update
+    optimizer: optim.Config = dataclasses.field(default_factory=lambda: optim.Config(learning_rate=3e-4))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which model, and the held-out film reviews whose openings it continues."""
+
+    model: Model = dataclasses.field(default_factory=lambda: Model(source="glassllm-en"))
+    num_held_out: int = 64  # openings
+    opening_tokens: int = 8
+    max_completion_tokens: int = 24
+    num_completions: int = 8  # of each held-out opening
+
+    def load(self) -> Bench:
+        settings = {field.name: getattr(self.model, field.name) for field in dataclasses.fields(self.model)}
+        return Bench(self, *models.load(**settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The reward is known and exact: VADER's score of opening and continuation as one text."""
+
+    config: Config
+    policy: models.Policy
+    params: dict  # the start
+    tokenizer: Any
+
+    def openings(self, use: reviews.Use, number: int, seed: int = 0) -> list[Example]:
+        encode, num_tokens = self.tokenizer.encode, self.config.opening_tokens
+        return reviews.openings(reviews.read(), use, number, num_tokens, encode, seed=seed)
+
+    def sample(self, params: dict, openings: Sequence[Example], key: jax.Array, num_completions: int) -> Batch:
+        sampling = Sampling(
+            num_completions=num_completions,
+            max_completion_tokens=self.config.max_completion_tokens,
+            stop_tokens=self.tokenizer.stop_ids,
+        )
+        prompts = [opening.prompt for opening in openings]
+        return rollouts.rollouts(self.policy, params, prompts, key, sampling, batch_size=64)
+
+    def rewards(self, batch: Batch) -> np.ndarray:
+        """[B, N]"""
+        texts = rollouts.texts(batch, self.tokenizer)
+        return vader.reward(list(itertools.chain(*texts))).reshape(len(texts), -1)
+
+    def of_samples(self, params: dict, ref_params: dict | None = None) -> dict[str, float]:
+        """`reward`, and `kl` to the reference (the start, unless given) in nats a completion, on held-out openings.
+
+        Openings and keys are the same in every call, so that a difference is the policy's.
+        """
+        openings = self.openings("held_out", self.config.num_held_out)
+        batch = self.sample(params, openings, jax.random.key(0), self.config.num_completions)
+        ref_logps = np.asarray(self.policy.logps(ref_params or self.params, batch))
+        return {"reward": float(self.rewards(batch).mean()), "kl": panel.of_samples(batch, ref_logps)["kl"]}
+
+    def of_pairs(self, params: dict, pairs: Sequence[Example], ref_params: dict | None = None) -> dict[str, float]:
+        """The panel of diagnostics, see `pjpo.evals.panel`; implicit rewards are at beta 1."""
+        rows = []
+        for batch in in_order(pairs, 64, buckets_of(pairs)):
+            logps, ref_logps = (self.policy.logps(p, batch) for p in (params, ref_params or self.params))
+            sums = [np.asarray(sum_completion(x, batch.loss_mask)) for x in (logps, ref_logps)]
+            rows.append([*sums, batch.loss_mask.sum(-1)])
+        return panel.of_pairs(1.0, *(np.concatenate(parts)[: len(pairs)] for parts in zip(*rows, strict=True)))
+
+    def fit(
+        self,
+        loss: Callable,
+        method: Any,
+        examples: Sequence[Example],
+        training: Training,
+        *,
+        seed: int,
+        params: dict | None = None,
+        reference: step.Reference = "online",
+        at: Sequence[int] = (),
+    ) -> Iterator[tuple[dict, dict[str, float]]]:
+        """Trains from `params` (the start, unless given), which are the reference too.
+
+        Yields:
+            After each number of updates in `at`, and after the last: the parameters, which the next update uses up, and
+            the last update's metrics.
+        """
+        mesh, params = sharding.make_mesh(), self.params if params is None else params
+        update, optimizer = _update(loss, method, self.policy, training, reference)
+        state = step.init_state(self.policy, params, optimizer, jax.random.key(seed), mesh)
+        ref_params = sharding.place(params, mesh) if reference == "online" else None
+        batches = Batches(examples, batch_size=training.batch_size, seed=seed, buckets=buckets_of(examples))
+        for number in range(1, training.num_steps + 1):
+            batch = sharding.place_batch(completed(method, next(batches)), mesh)
+            state, metrics = update(state, ref_params, batch)
+            if number in (*at, training.num_steps):
+                yield state.params, {name: float(mean.value()) for name, mean in metrics.items()}
+
+
+def buckets_of(examples: Sequence[Example]) -> Buckets:
+    return Buckets.of(examples, num_sizes=1)  # one shape: short trainings should not compile often
+
+
+def batch_of(examples: Sequence[Example]) -> Batch:
+    return collate(examples, buckets_of(examples))
+
+
+def unpaired(pairs: Sequence[Example]) -> list[Example]:
+    """Each completion as a row of its own, labelled: what KTO takes."""
+    return [
+        dataclasses.replace(pair, completions=(completion,), labels=(place == CHOSEN,))
+        for pair in pairs
+        for place, completion in enumerate(pair.completions)
+    ]
+
+
+def best_and_worst(openings: Sequence[Example], samples: Batch, rewards: np.ndarray) -> list[Example]:
+    """A pair of each opening whose samples differ in reward."""
+    return reviews.SampledPairs().rank(openings, samples, rewards)[0]
+
+
+@functools.cache
+def _update(loss: Callable, method: Any, policy: models.Policy, training: Training, reference: step.Reference):
+    """Made, and so compiled, once for all seeds."""
+    optimizer = optim.make_optimizer(training.optimizer, optim.make_schedule(training.optimizer, training.num_steps))
+    return step.make_update(loss, method, policy, optimizer, sharding.make_mesh(), reference=reference), optimizer

@@ -1,0 +1,186 @@
+"""A study as a value, the command line of it, and what its run leaves in its folder.
+
+    config.json, samples.jsonl (the numbers of each seed), plot.png, result.md, summary.json, report.html
+
+A study is many short trainings, and claims about their numbers that hold or do not. Numbers are named
+"<row>: <column>", after their places in the table of `result.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+import jax
+import matplotlib
+import numpy as np
+import tqdm
+import tyro
+from matplotlib.figure import Figure
+
+from experiments import registry
+from experiments.claims.claim import Above, Numbers, Within, interval
+from experiments.study import bench
+from pjpo import report, runs
+from pjpo.experiment import describe, recall
+
+Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the checks that must all hold
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What all studies have; a subclass adds its settings, `measure`, `claims` and `panels`."""
+
+    paper: ClassVar[str]
+    setting: ClassVar[str]  # what is run, a sentence
+    start: bench.Config = dataclasses.field(default_factory=bench.Config)
+    training: bench.Training
+    num_seeds: int = 5  # at least two; a study that goes on may have more
+    smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
+
+    def __post_init__(self):
+        if self.num_seeds < 2:
+            raise ValueError(f"study: num_seeds must be >= 2 for an interval, got {self.num_seeds}")
+
+    def measure(self, start: bench.Bench, seed: int) -> Numbers:
+        raise NotImplementedError
+
+    def claims(self) -> Claims:
+        raise NotImplementedError
+
+    def panels(self) -> Sequence[Panel]:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Curves of one plot: label -> points (x, name of the number)."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: Mapping[str, Sequence[tuple[Any, str]]]
+
+
+AnyStudy = TypeVar("AnyStudy", bound=Study)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Generic[AnyStudy]):
+    study: Annotated[AnyStudy, tyro.conf.arg(name="")]
+    smoke: bool = False  # a minute's worth of it, to see that everything works
+    resume: Path | None = None  # folder of a study to go on with: seeds that it has are kept
+    runs: Path = Path("runs")  # where new runs get their folder
+
+
+def launch(value: Study, argv: list[str] | None = None) -> None:
+    """The command line of a study: typed overrides, --smoke, --resume, --help."""
+    with registry.told():
+        name, about = registry.program()
+
+        def parse(default: Study) -> Options:
+            return tyro.cli(
+                Options[type(default)],
+                default=Options(study=default),
+                args=argv,
+                prog=f"python -m experiments.{name}",
+                description=about,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+
+        options = parse(value)
+        if options.resume:  # the settings are the folder's
+            found = runs.read(options.resume)
+            options = parse(recall(value, found.config) if found.experiment == name else value)
+        elif options.smoke:
+            options = parse(registry.override(value, value.smoke))
+        run(name, options.study, root=options.runs, resume=options.resume)
+
+
+def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | None = None, say=print) -> Path:
+    """All seeds, one after the other, then the verdicts; returns the folder.
+
+    Raises:
+        ValueError: the folder to resume holds something else.
+    """
+    config = describe(study)
+    begin = study.start.load()  # first: a model that cannot be loaded leaves no folder behind
+    folder = runs.open(resume, name, config, may_change=["num_seeds"]) if resume else runs.create(root, name, config)
+    say(f"run: {folder.path}")
+    done = {row["step"]: row for row in runs.read(folder.path).samples}
+    with folder:
+        for seed in tqdm.trange(study.num_seeds, desc=name, unit="seed", disable=None):
+            if seed not in done:
+                began = time.perf_counter()
+                numbers = dict(study.measure(begin, seed))
+                done[seed] = {"kind": "seed", "numbers": numbers, "minutes": (time.perf_counter() - began) / 60}
+                folder.sample(seed, [done[seed]])
+    rows = [done[seed] for seed in range(study.num_seeds)]
+    numbers = [row["numbers"] for row in rows]
+    verdicts = judged(study, numbers)
+    draw(study.panels(), numbers).savefig(folder.path / "plot.png", dpi=144)
+    text = markdown(name, study, numbers, verdicts, sum(row["minutes"] for row in rows))
+    runs.write_whole(folder.path / "result.md", text)
+    means = {f"{key}": "{:.4g} ± {:.1g}".format(*interval(values(numbers, key))) for key in numbers[0]}
+    folder.summary({text: f"{word}: {shown}" for text, word, shown in verdicts} | means | {"finished": True})
+    for verdict in verdicts:
+        say("{}\n    {}: {}".format(*verdict))
+    say(f"report: {report.write(folder)}")
+    return folder.path
+
+
+def values(numbers: Sequence[Numbers], name: str) -> np.ndarray:
+    return np.array([row[name] for row in numbers])
+
+
+def judged(study: Study, numbers: Sequence[Numbers]) -> list[tuple[str, str, str]]:
+    """(claim, "holds" or "does not hold", the numbers that say so)."""
+    found = []
+    for text, checks in study.claims().items():
+        each = [check.judge(numbers) for check in checks]
+        shown = "; ".join(shown if held else f"NOT {shown}" for held, shown in each)
+        found.append((text, "holds" if all(held for held, _ in each) else "does not hold", shown))
+    return found
+
+
+def markdown(name: str, study: Study, numbers: Sequence[Numbers], verdicts, minutes: float) -> str:
+    """A section for docs/claims.md."""
+    places = [key.rsplit(": ", 1) for key in numbers[0]]
+    rows, columns = (list(dict.fromkeys(part)) for part in zip(*places, strict=True))
+
+    def cell(row: str, column: str) -> str:
+        key = f"{row}: {column}"
+        return "{:.3g} ± {:.1g}".format(*interval(values(numbers, key))) if key in numbers[0] else ""
+
+    lines = [
+        f"### {study.paper}: `{name}`",
+        "",
+        f"{study.setting} {len(numbers)} seeds, {datetime.date.today()}, JAX {jax.__version__}, "
+        f"{jax.default_backend().upper()}, {minutes:.1f} minutes.",
+        "",
+        *(f"- {text}: **{word}**. {shown}" for text, word, shown in verdicts),
+        "",
+        f"![{name}](studies/{name}.png)",
+        "",
+        f"| | {' | '.join(columns)} |",
+        f"| --- |{' --- |' * len(columns)}",
+        *(f"| {row} | {' | '.join(cell(row, column) for column in columns)} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(panels: Sequence[Panel], numbers: Sequence[Numbers]) -> Figure:
+    """Means over seeds with 95 % intervals."""
+    with matplotlib.rc_context(report.STYLE):
+        figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for color, (label, points) in zip(report.SERIES * len(panel.curves), panel.curves.items(), strict=False):
+                means, halves = zip(*(interval(values(numbers, name)) for _, name in points), strict=True)
+                axes.errorbar([x for x, _ in points], means, halves, fmt="o-", color=color, label=label, elinewidth=0.8)
+            axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+            axes.legend(loc="best")
+    return figure

@@ -1,0 +1,64 @@
+"""Trainings on a bench, on the tiny real model: what is measured at the start is known, and training moves it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.study import bench
+from pjpo import optim
+from pjpo.methods import dpo, kto
+
+TRAINING = bench.Training(num_steps=6, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
+
+
+@pytest.fixture(scope="module")
+def start():
+    return bench.Config(num_held_out=8, num_completions=2, max_completion_tokens=8).load()
+
+
+@pytest.fixture(scope="module")
+def pairs(start):
+    openings = start.openings("train", 16)
+    samples = start.sample(start.params, openings, jax.random.key(1), 4)
+    return bench.best_and_worst(openings, samples, start.rewards(samples))
+
+
+def test_pairs_are_best_against_worst(start):
+    openings = start.openings("train", 3)
+    samples = start.sample(start.params, openings, jax.random.key(1), 3)
+    rewards = np.array([[0.1, 0.9, -0.5], [0.3, 0.3, 0.3], [0.0, -1.0, 1.0]])
+    found = bench.best_and_worst(openings, samples, rewards)
+    assert [pair.id for pair in found] == [openings[0].id, openings[2].id]
+    for pair, row, places in ((found[0], 0, (1, 2)), (found[1], 2, (2, 1))):
+        for completion, n in zip(pair.completions, places, strict=True):
+            np.testing.assert_array_equal(
+                completion, samples.completion_tokens[row, n][samples.completion_mask[row, n]]
+            )
+
+
+def test_the_start_has_moved_nowhere(start, pairs):
+    assert start.of_samples(start.params)["kl"] == pytest.approx(0, abs=1e-3)
+    panel = start.of_pairs(start.params, pairs)
+    assert panel["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert -200 < panel["logps/chosen"] < -5
+
+
+def test_training_learns_its_pairs_from_the_start(start, pairs):
+    begun, (params, last) = start.fit(dpo.loss, dpo.Config(beta=0.1), pairs, TRAINING, seed=0, at=(1,))
+    assert begun[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert last["loss"] < 0.6
+    assert start.of_pairs(params, pairs)["rewards/accuracies"] > 0.8
+    assert start.of_samples(params)["kl"] > 0.01
+    assert start.of_samples(start.params)["kl"] == pytest.approx(0, abs=1e-3)  # the start itself is left alone
+
+
+def test_a_pair_is_two_rows_of_kto(start, pairs):
+    rows = bench.unpaired(pairs)
+    assert [row.labels for row in rows] == [(True,), (False,)] * len(pairs)
+    np.testing.assert_array_equal(rows[1].completions[0], pairs[0].completions[1])
+    ((_, last),) = start.fit(
+        kto.loss, kto.Config(beta=0.1), rows, dataclasses.replace(TRAINING, num_steps=1), seed=0, reference="online"
+    )
+    assert last["loss"] == pytest.approx(0.5, abs=1e-5)  # policy and reference agree

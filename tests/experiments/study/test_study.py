@@ -1,0 +1,94 @@
+"""A study's verdicts, its table and its folder, on made-up measurements."""
+
+import dataclasses
+import json
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from experiments.study import bench, study
+from pjpo import runs
+
+
+class NoModel(bench.Config):
+    def load(self):
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MadeUp(study.Study):
+    paper: ClassVar = "P"
+    setting: ClassVar = "Nothing is run."
+    start: bench.Config = dataclasses.field(default_factory=NoModel)
+    training: bench.Training = dataclasses.field(default_factory=lambda: bench.Training(num_steps=1))
+    measured: ClassVar[list] = []
+
+    def measure(self, start, seed):
+        self.measured.append(seed)
+        return {"a: x": 10.0 * seed + 1, "a: y": 0.5, "b: x": 10.0 * seed}
+
+    def claims(self):
+        return {"a beats b": (study.Above("a: x", "b: x"),), "b beats a": (study.Above("b: x", "a: x"),)}
+
+    def panels(self):
+        return [study.Panel(title="t", xlabel="", ylabel="", curves={"x": [("a", "a: x"), ("b", "b: x")]})]
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def folder(tmp_path, said):
+    MadeUp.measured.clear()
+    return study.run("made_up", MadeUp(num_seeds=3), root=tmp_path, say=said.append)
+
+
+def test_verdicts_are_paired_by_seed(folder, said):
+    summary = runs.read(folder).summary
+    assert summary["a beats b"] == "holds: a: x - b: x = 1 [1, 1]"
+    assert summary["b beats a"] == "does not hold: NOT b: x - a: x = -1 [-1, -1]"
+    assert summary["a: y"] == "0.5 ± 0"
+    assert summary["finished"]
+    assert any("b beats a\n    does not hold: NOT" in line for line in said)
+
+
+def test_the_table_has_a_place_for_every_number(folder):
+    lines = (folder / "result.md").read_text().splitlines()
+    assert lines[0] == "### P: `made_up`"
+    assert "| | x | y |" in lines
+    # Mean 11 or 10 of 10 apart: half the interval is t(0.975, 2) * 10 / sqrt(3) = 24.84.
+    assert "| a | 11 ± 2e+01 | 0.5 ± 0 |" in lines
+    assert "| b | 10 ± 2e+01 |  |" in lines
+    assert "- b beats a: **does not hold**. NOT b: x - a: x = -1 [-1, -1]" in lines
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h2>Plot</h2>" in (folder / "report.html").read_text()
+
+
+def test_going_on_measures_new_seeds_alone(folder, said):
+    study.run("made_up", MadeUp(num_seeds=4), root="nowhere", resume=folder, say=said.append)
+    assert MadeUp.measured == [0, 1, 2, 3]
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["numbers"]["b: x"] for row in rows] == [0, 10, 20, 30]
+    assert "4 seeds" in (folder / "result.md").read_text()
+
+
+def test_other_settings_are_refused(folder, said):
+    other = MadeUp(num_seeds=3, training=bench.Training(num_steps=2))
+    with pytest.raises(ValueError, match=r"training.num_steps: 1 there, 2 here"):
+        study.run("made_up", other, resume=folder, say=said.append)
+
+
+def test_one_seed_has_no_interval():
+    with pytest.raises(ValueError, match="num_seeds must be >= 2 for an interval, got 1"):
+        MadeUp(num_seeds=1)
+
+
+def test_an_error_bar_is_the_interval_over_seeds():
+    axes = study.draw(MadeUp().panels(), [{"a: x": 1.0, "b: x": 4.0}, {"a: x": 3.0, "b: x": 4.0}]).axes[0]
+    (segments,) = [bars.get_segments() for bars in axes.collections]
+    half = 12.7062047  # t(0.975, 1) times a standard error of 1
+    np.testing.assert_allclose(segments[0][:, 1], [2 - half, 2 + half], rtol=1e-6)
+    np.testing.assert_allclose(segments[1][:, 1], [4, 4])
