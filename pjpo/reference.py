@@ -37,7 +37,7 @@ NO_NUMBERS = ("max_positions", "remat", "head_block_numbers")  # config fields t
 class Store:
     """Reference log-probs on disk: rows are computed when they are first asked for. `hits` and `misses` count them.
 
-    Several processes may share a folder; each sees what was there when it began, and what it adds itself.
+    Several runs may share a folder; each sees what was there when it began, and what its own processes add.
 
     Args:
         folder: of all stores, such as "reference"; each reference gets a folder of its own inside.
@@ -76,11 +76,7 @@ class Store:
         addresses = dict(zip(places, _addresses(batch, places), strict=True))
         missing = {address: place for place, address in addresses.items() if address not in self._rows}
         if distributed.any_of(bool(missing)):
-            logps = self._logps(batch, share_on)
-            rows = {address: logps[place][: _length(mask[place])].copy() for address, place in missing.items()}
-            if rows:
-                self._write(rows)
-            self._rows.update(rows)
+            self._compute(batch, {at: (*place, _length(mask[place])) for at, place in missing.items()}, share_on)
         self.hits += len(places) - len(missing)
         self.misses += len(missing)
         ref_logps = np.zeros(mask.shape, np.float32)
@@ -89,11 +85,23 @@ class Store:
             ref_logps[place][: len(row)] = row
         return dataclasses.replace(batch, ref_logps=ref_logps)
 
-    def _logps(self, batch: Batch, share_on: Mesh | None) -> np.ndarray:
-        if share_on is None:
-            return distributed.fetch(self.policy.logps(self.params, batch))
-        logps = distributed.fetch(self.policy.logps(self.params, sharding.place_share(batch, share_on)))
-        return logps[sharding.own_rows(share_on, len(logps))]
+    def _compute(self, batch: Batch, missing: dict[bytes, tuple[int, int, int]], share_on: Mesh | None) -> None:
+        """What any process misses, for all of them: who reads a row in the next epoch is another one.
+
+        Each row is written by the first that misses it.
+        """
+        whole = batch if share_on is None else sharding.place_share(batch, share_on)
+        logps = distributed.fetch(self.policy.logps(self.params, whole))
+        own = np.arange(len(logps)) if share_on is None else sharding.own_rows(share_on, len(logps))
+        told = distributed.gather({at.hex(): [int(own[b]), n, length] for at, (b, n, length) in missing.items()})
+        rows = {at: logps[b, n, :length].copy() for part in told for at, (b, n, length) in part.items()}
+        number = jax.process_index()
+        before = set().union(*told[:number])
+        mine = {bytes.fromhex(at): rows[at] for at in told[number] if at not in before}
+        if mine:
+            self._write(mine)
+        for at, row in rows.items():
+            self._rows.setdefault(bytes.fromhex(at), row)
 
     def _write(self, rows: dict[bytes, np.ndarray]) -> None:
         path = self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.rows"

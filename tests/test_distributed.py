@@ -280,6 +280,9 @@ def test_reference_log_probs_are_stored_once(tmp_path, one):
     alone.begin_run(1, *SHORT, "--reference=stored")
     hosts.begin_run(2, *SHORT, "--reference=stored")
     assert_same_run(hosts, alone)
+    # Each file is a checksum of 32 bytes and rows, which are of one size in both.
+    sizes = [[path.stat().st_size - 32 for path in run.root.glob("reference_logps/*/*.rows")] for run in (alone, hosts)]
+    assert sum(sizes[0]) == sum(sizes[1]) > 0
 
 
 @pytest.mark.slow

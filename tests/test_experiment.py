@@ -59,8 +59,8 @@ class Program:
 
     @property
     def folder(self):
-        (folder,) = self.root.glob("*/*")
-        return folder
+        (config,) = self.root.glob("*/*/config.json")
+        return config.parent
 
     @property
     def lines(self):

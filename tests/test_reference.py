@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo import reference
+from pjpo import distributed, reference, sharding
 from pjpo.methods import dpo
 from pjpo.metrics import Mean
 from pjpo.models import decoder, lora
@@ -173,6 +175,39 @@ def test_the_same_content_is_found_in_any_order_and_company(filled, params, monk
         np.testing.assert_array_equal(order.ref_logps[b, n][order.completion_mask[b, n]], rows[2 - b][1 - n])
     alone = store.attach(make_batch(PROMPTS[1:2], [COMPLETIONS[1][1:]]))
     np.testing.assert_array_equal(alone.ref_logps[0, 0, :3], rows[1][1])
+
+
+def test_what_one_process_computes_the_others_know(tmp_path, monkeypatch):
+    """Two processes, here threads: each reads half of a batch, then the other's half; one row is in both."""
+    whole, here = make_batch([*PROMPTS, PROMPTS[0]], [*COMPLETIONS, COMPLETIONS[0]]), threading.local()
+    told, meet = [None, None], threading.Barrier(2)
+
+    def gather(value):
+        told[here.number] = value
+        meet.wait(60)
+        found = list(told)
+        meet.wait(60)
+        return found
+
+    monkeypatch.setattr(distributed, "_count", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(jax, "process_index", lambda: here.number)
+    monkeypatch.setattr(sharding, "place_share", lambda share, mesh: whole)
+    monkeypatch.setattr(sharding, "own_rows", lambda mesh, num_rows: here.rows)
+
+    def process(number):
+        here.number, store = number, Store(tmp_path, Computed(), {})
+        for half in (number, 1 - number):
+            here.rows = np.arange(2) + 2 * half
+            share = jax.tree.map(lambda x: x[here.rows], whole)
+            found = store.attach(share, sharding.make_mesh()).ref_logps
+            np.testing.assert_array_equal(found, Computed().logps({}, share))
+        return store.policy.calls, store.misses
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process, range(2))) == [(1, 4), (1, 4)]
+    written = sum(path.stat().st_size - 32 for path in tmp_path.glob("*/*.rows"))  # without the checksums
+    assert written == sum(36 + 4 * len(tokens) for pair in COMPLETIONS for tokens in pair)
 
 
 def test_another_process_finds_it(tmp_path):
