@@ -81,4 +81,4 @@ class Config:
         key = jax.random.fold_in(context.key, zlib.crc32(b"held out"))
         options = {"batch_size": self.batch_size, "title": title}
         batch = rollouts.rollouts(context.policy, params, prompts, key, sampling, **options)
-        return panel.of_samples(batch, np.asarray(context.policy.logps(ref_params, batch)))
+        return panel.of_samples(batch, distributed.fetch(context.policy.logps(ref_params, batch)))
