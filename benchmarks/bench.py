@@ -8,7 +8,8 @@ work. The variants of a job take turns in one process, step by step, as the load
 - `full_head`: all logits at once, differentiated by JAX;
 - `plain_products`: products as JAX writes them, in the compute dtype;
 - `no_packing`: padding goes through every product (jobs of variable lengths);
-- `sft`: the supervised loss on the same completions (jobs with a stored reference).
+- `sft`: the supervised loss on the same completions (jobs with a stored reference);
+- `weights_bf16`: weights that lie in memory as bfloat16, products in float32 as before (generation in float32).
 
 Kinds of job: a `dpo` or `sft` step with AdamW on all weights (`ref` "adapter": on LoRA's alone), `score` (log-probs and
 their gradient), `generate`, and `head` (memory of the output head by vocabulary, compiled but not run).
@@ -284,17 +285,24 @@ def score(bench: Bench) -> dict:
 
 
 def generate(bench: Bench) -> dict:
-    """Completions of full length, weights in the compute dtype."""
+    """Completions of full length, weights in the compute dtype, or as bfloat16 numbers."""
     job, group = bench.job, bench.job.get("group", 1)
     prompts = [[bench.tokens(job["prompt"]) for _ in range(job["batch"])] for _ in range(bench.num_steps)]
     prompts = [np.array(some, np.int32) for some in prompts]
-    params = jax.tree.map(lambda x: jnp.array(x, bench.policy.config.dtype), bench.policy.init(jax.random.key(0)))
+    config = bench.policy.config
+    params = jax.tree.map(lambda x: jnp.array(x, config.dtype), bench.policy.init(jax.random.key(0)))
     settings = sampling.Sampling(
         num_completions=group, max_completion_tokens=job["new_tokens"], temperature=0.0 if job["greedy"] else 1.0
     )
     runs = {}
-    for name in bench.chosen(["default", "plain_products"] + ["no_sharing"] * (group > 1)):
-        repeats, own = 1, settings
+    names = (
+        ["default", "plain_products"] + ["no_sharing"] * (group > 1) + ["weights_bf16"] * (config.dtype == "float32")
+    )
+    for name in bench.chosen(names):
+        repeats, own, policy, weights = 1, settings, bench.policy, params
+        if name == "weights_bf16":
+            policy = Policy(dataclasses.replace(config, param_dtype="bfloat16"))
+            weights = jax.tree.map(lambda x: x.astype("bfloat16"), params)
         if name == "no_sharing":
             repeats, own = group, dataclasses.replace(settings, num_completions=1)
 
@@ -303,9 +311,10 @@ def generate(bench: Bench) -> dict:
             keys = sampling.sequence_keys(jax.random.key(0), len(tokens), own.num_completions)
             return sampling.Prompts(tokens, np.ones(tokens.shape, bool)), keys
 
-        call = jax.jit(lambda params, prompts, keys, own=own: bench.policy.generate(params, prompts, keys, own))
-        program, facts = bench.compile(name, call, params, *inputs(prompts[0]))
-        runs[name] = (lambda i, program=program, inputs=inputs: program(params, *inputs(prompts[i]))), facts
+        call = jax.jit(lambda params, prompts, keys, p=policy, own=own: p.generate(params, prompts, keys, own))
+        program, facts = bench.compile(name, call, weights, *inputs(prompts[0]))
+        run = lambda i, p=program, w=weights, inputs=inputs: p(w, *inputs(prompts[i]))  # noqa: E731
+        runs[name] = run, facts
     rows, (_, flops) = job["batch"] * group, bench.work(job["prompt"], job["new_tokens"] - 1, 1, job["new_tokens"])
     work = [(rows * job["new_tokens"], rows * flops)] * bench.num_steps
     return bench.take_turns({n: run for n, (run, _) in runs.items()}, work, {n: f for n, (_, f) in runs.items()})
@@ -368,6 +377,7 @@ PATCHES = {
     "plain_products": {
         "pjpo.models.decoder.product": plain_product,
         "pjpo.models.decoder.few_rows": lambda x, kernel, transposed: plain_product(x, kernel),
+        "pjpo.sampling.few_rows": lambda x, kernel, transposed: products.dot(x, transposed, (x.ndim - 1,), (1,)),
         "pjpo.logps.contract_rows": lambda a, b: products.dot(a, b, tuple(range(a.ndim - 1)), tuple(range(a.ndim - 1))),
     },
 }

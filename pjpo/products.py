@@ -33,18 +33,24 @@ def contract_rows(a: Array, b: Array) -> Array:
 
 
 def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
-    """`product` for decoding: a handful of rows x [.., D], no gradient; `transposed` is the kernel as [*out, D].
+    """A handful of rows x [.., D] times kernel [D, *out], given also as `transposed` [*out, D]; float32, no gradient.
 
-    A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand.
+    A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand. A bfloat16
+    kernel meets float32 rows in three bfloat16 products, whose sum is exact to float32: half the bytes, the matrix unit.
     """
 
     def kernel_left(x, kernel, transposed):
-        rows = x.reshape(-1, x.shape[-1])
-        left = transposed.reshape(-1, x.shape[-1])
-        out = lax.optimization_barrier(dot(left, rows, (1,), (1,)))  # or XLA turns the product around
-        return out.T.astype(x.dtype).reshape(*x.shape[:-1], *transposed.shape[:-1])
+        rows, left = x.reshape(-1, x.shape[-1]), transposed.reshape(-1, x.shape[-1])
+        in_parts = (rows.dtype, left.dtype) == (jnp.float32, jnp.bfloat16)
+        # The barrier: or XLA computes what made the rows again for each of their parts.
+        right = _bfloat16_parts(lax.optimization_barrier(rows)).reshape(-1, x.shape[-1]) if in_parts else rows
+        out = lax.optimization_barrier(dot(left, right, (1,), (1,)))  # or XLA turns the product around
+        out = out.reshape(len(left), -1, len(rows)).sum(1)
+        return out.T.reshape(*x.shape[:-1], *transposed.shape[:-1])
 
-    ordinary = lambda x, kernel, transposed: product(x, kernel)  # noqa: E731
+    def ordinary(x, kernel, transposed):
+        return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,))
+
     return lax.platform_dependent(x, kernel, transposed, cpu=kernel_left, default=ordinary)
 
 
@@ -89,6 +95,15 @@ product.defvjp(_product_forward, _product_backward)
 
 def _wide(a: Array) -> jnp.dtype:
     return jnp.promote_types(a.dtype, jnp.float32)
+
+
+def _bfloat16_parts(x: Array) -> Array:
+    """float32 x -> [3, *x.shape], bfloat16, whose sum over axis 0 is x: 8 of its 24 significant bits in each."""
+    parts = []
+    for _ in range(3):
+        parts.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))  # XLA may undo a cast there and back
+        x = x - parts[-1]
+    return jnp.stack(parts).astype(jnp.bfloat16)
 
 
 def _dot_merged(a: Array, b: Array) -> Array:

@@ -20,7 +20,7 @@ from pjpo.logps import soft_cap
 from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, transpose_kernels
 from pjpo.packing import prompt_keys
-from pjpo.products import dot
+from pjpo.products import few_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def generate(policy, params: dict, prompts: Prompts | tuple, key: Array, samplin
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array) -> Completions:
     num_prompts, width = prompts.tokens.shape
-    decoder, table = Decoder(config), head_table(config, params).astype(config.dtype)
+    decoder, table = Decoder(config), head_table(config, params).astype(config.decoding_dtype)
     positions = (prompts.mask.cumsum(1) - 1).clip(0)
     _, caches = decoder.apply(params, prompts.tokens, positions, Partial(attention.prefill, prompts.mask), None)
     visible = prompt_keys(prompts.mask)
@@ -124,7 +124,7 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
         attend = Partial(attention.decode, visible, step)
         positions = jnp.broadcast_to(length - 1 + step, shape)
         hidden, caches = decoder.apply(params, inputs, positions, attend, caches)
-        logits = soft_cap(dot(hidden, table, (2,), (1,)), config.logit_softcap)  # [B, N, V]
+        logits = soft_cap(few_rows(hidden, table.T, table), config.logit_softcap)  # [B, N, V]
         tokens = jnp.where(ended, 0, choose(sampling, logits, _step_keys(keys, step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         logps = jnp.where(ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo.products import contract_rows, dot, product
+from pjpo.products import contract_rows, dot, few_rows, product
 
 
 def draw(*shapes, dtype):
@@ -34,6 +34,20 @@ def test_a_product_and_its_gradients(dtype, bound, rows, out):
     for found, by_numpy in zip((y, dx, dkernel), expected, strict=True):
         assert found.dtype == dtype
         np.testing.assert_allclose(wide(found), by_numpy, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("kernel_dtype", ["float32", "bfloat16"])
+def test_few_rows_of_float32_lose_nothing_to_a_kernel_of_either_dtype(kernel_dtype):
+    (x,), (kernel,) = draw((2, 3, 300), dtype="float32"), draw((300, 2, 4), dtype=kernel_dtype)
+    spread = x * jnp.float32(10.0) ** jnp.linspace(-4, 4, 300)[None, None]  # summands of every size
+    for rows in (x, spread, x.at[0, 0, 0].set(jnp.nan)):
+        found = jax.jit(few_rows)(rows, kernel, jnp.moveaxis(kernel, 0, -1))
+        assert found.dtype == jnp.float32
+        size = np.tensordot(np.abs(wide(rows)), np.abs(wide(kernel)), 1)
+        np.testing.assert_array_less(
+            np.abs(wide(found) - np.tensordot(wide(rows), wide(kernel), 1))[1:], 3e-7 * size[1:]
+        )
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(size))
 
 
 def test_weights_of_another_dtype_are_cast_at_use_and_get_gradients_of_their_own():

@@ -25,6 +25,7 @@ MODELS = {
         "scan_layers": True,
         "tied_head": False,
     },
+    "bfloat16 weights": {"param_dtype": "bfloat16", "tied_head": False},
 }
 SETTINGS = Sampling(num_completions=3, max_completion_tokens=6)
 

@@ -141,6 +141,11 @@ class Config:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def decoding_dtype(self) -> str:
+        """Of weights as decoding reads them: the compute dtype, or the one at rest where it takes fewer bytes."""
+        return min(self.param_dtype, self.dtype, key=lambda name: jnp.dtype(name).itemsize)
+
+    @property
     def local_layers(self) -> tuple[bool, ...]:
         """Of each layer, whether the window holds for it."""
         return tuple(self.sliding_window is not None and i not in self.global_layers for i in range(self.num_layers))
@@ -179,7 +184,7 @@ class Kernel(nn.Module):
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
         if self.has_variable("transposed", "kernel"):
-            out = few_rows(x, kernel, self.get_variable("transposed", "kernel"))
+            out = few_rows(x, kernel, self.get_variable("transposed", "kernel")).astype(x.dtype)
         else:
             parts = [layout.RULES.get(axis) for axis in AXES[self.name, "kernel"]]
             inputs = next(filter(None, parts[: self.num_in]), None)
@@ -342,14 +347,14 @@ def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
 
 
 def transpose_kernels(config: Config, params: dict) -> dict:
-    """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in the compute dtype."""
+    """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in `decoding_dtype`."""
 
     def transpose(path: tuple, kernel: Array) -> Array:
         first = 1 if config.scan_layers else 0
         num_in = first + (3 if path[-2].key == "out" else 1)
         layers, inputs, out = kernel.shape[:first], math.prod(kernel.shape[first:num_in]), kernel.shape[num_in:]
         matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1)
-        return jax.lax.optimization_barrier(matrix.astype(config.dtype))
+        return jax.lax.optimization_barrier(matrix.astype(config.decoding_dtype))
 
     names = {name: tree for name, tree in params["params"].items() if name.startswith("layers")}
     kernels = {
