@@ -35,8 +35,8 @@ def contract_rows(a: Array, b: Array) -> Array:
 def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
     """A handful of rows x [.., D] times kernel [D, *out], given also as `transposed` [*out, D]; float32, no gradient.
 
-    A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand. A bfloat16
-    kernel meets float32 rows in three bfloat16 products, whose sum is exact to float32: half the bytes, the matrix unit.
+    A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand. Float32
+    rows meet a bfloat16 kernel in three bfloat16 parts, which lose nothing: half the bytes, and the matrix unit.
     """
 
     def kernel_left(x, kernel, transposed):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pjpo.logps import soft_cap
 from pjpo.models.streams import Streams
 
+NUM_BLOCKS, MIN_BLOCK = 4, 128  # into how many blocks of queries causal attention is cut, of at least how many
 MASKED = -1e30  # a score that is finite, so that a row with nothing to look at is harmless
 
 
@@ -44,7 +45,7 @@ def shared_prefix(
         among_prompts &= _near(at[:, :, None], at[:, None], scoring)[:, None, None]
         to_prompt &= _near(first + steps[None, :, None], at[:, None], scoring)[:, None, None, None]
         among_own &= _near(steps[:, None], steps[None], scoring)[None, None, None, None]
-    prompt_out = _attend(prompt_q, [(prompt_k, prompt_v, "bksh", among_prompts)], scoring)
+    prompt_out = _attend_causally(prompt_q, prompt_k, prompt_v, among_prompts, scoring)
     out = _attend(q, [(prompt_k, prompt_v, "bksh", to_prompt), (k, v, "bknsh", among_own)], scoring)
     out = streams.join(prompt_out.transpose(0, 3, 1, 2, 4), out.transpose(0, 2, 4, 1, 3, 5))
     return streams.to_places(out), None
@@ -59,7 +60,7 @@ def prefill(
     if scoring.window is not None:
         at = _positions(prompt_mask)
         visible &= _near(at[:, :, None], at[:, None], scoring)[:, None, None]
-    out = _attend(q, [(k, v, "bksh", visible)], scoring)
+    out = _attend_causally(q, k, v, visible, scoring)
     return out.transpose(0, 3, 1, 2, 4), (k, v)
 
 
@@ -141,6 +142,21 @@ def _positions(mask: Array) -> Array:
 def _near(queries: Array, keys: Array, scoring: Scoring) -> Array:
     """Whether the positions of keys are in the window of the positions of queries that come later."""
     return queries - keys < scoring.window
+
+
+def _attend_causally(q: Array, k: Array, v: Array, visible: Array, scoring: Scoring) -> Array:
+    """Queries [B, K, Q, T, H] over keys and values [B, K, T, H] of their own sequence, none of which sees a later one.
+
+    Long sequences go in a few blocks of queries, and no score of a block with later keys is computed.
+    """
+    length = k.shape[2]
+    size = max(MIN_BLOCK, -(-length // NUM_BLOCKS))
+    out = []
+    for start in range(0, length, size):
+        rows, end = slice(start, start + size), start + size
+        own = _attend(q[..., rows, :], [(k[..., :end, :], v[..., :end, :], "bksh", visible[..., rows, :end])], scoring)
+        out.append(own)
+    return jnp.concatenate(out, axis=-2)
 
 
 def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]], scoring: Scoring) -> Array:

@@ -209,8 +209,9 @@ class Block(nn.Module):
         is_local: Bool[Array, ""] | None,
         attend: Callable,
         cache: Any,
+        keep: Callable | None = None,
     ):
-        """`turns` are those of global and of local layers, or one pair for all."""
+        """`turns` are those of global and of local layers, or one pair for all; `keep` picks what goes on after it."""
         c = self.config
         many = cache is None  # tokens; one of each sequence, when decoding, may rather move than have the weights moved
         dtype = jnp.dtype(c.param_dtype)
@@ -240,6 +241,8 @@ class Block(nn.Module):
             queries, key, value = jnp.split(qkv, [q, q + 1], axis=-2)
             qkv = jnp.concatenate([norm(name="q_norm")(queries), norm(name="k_norm")(key), value], axis=-2)
         attended, cache = attend(rotate(qkv, turns), cache, scoring)
+        if keep is not None:
+            x, attended = keep(x), keep(attended)
         flat = attended.reshape(*attended.shape[:-3], -1)
         mixed = _add(Kernel((k, q, h, c.model_dim), 3, dtype, name="out")(attended), adapter("o", flat, c.model_dim))
         x = x + (norm(name="attention_post_norm")(mixed) if c.post_norms else mixed)
@@ -282,8 +285,19 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "G M"], positions: Int[Array, "G M"], attend: Callable, caches: Any = None):
-        """Hidden states [G, M, D] and every layer's cache: a tuple, or stacked on axis 0 when layers are scanned."""
+    def __call__(
+        self,
+        tokens: Int[Array, "G M"],
+        positions: Int[Array, "G M"],
+        attend: Callable,
+        caches: Any = None,
+        keep: Callable | None = None,
+    ):
+        """Hidden states [G, M, D] and every layer's cache: a tuple, or stacked on axis 0 when layers are scanned.
+
+        `keep` picks the positions that are asked for, [G, M, ..] -> [G, C, ..]: of the others the last layer needs keys
+        and values alone.
+        """
         c = self.config
         embed = Table((c.vocab_size, c.model_dim), jnp.dtype(c.param_dtype), name="embed")
         x = lookup(embed(), tokens).astype(c.dtype)
@@ -306,11 +320,13 @@ class Decoder(nn.Module):
             alike = len(set(c.local_layers)) == 1
             local, is_local = (c.local_layers[0], None) if alike else (None, jnp.array(c.local_layers))
             x, caches = layers(c, local, name="layers")(x, turns, is_local, attend, caches)
+            x = x if keep is None else keep(x)
         else:
             each = []
             for i, local in enumerate(c.local_layers):
                 cache = None if caches is None else caches[i]
-                x, cache = block(c, local, name=f"layers_{i}")(x, turns, None, attend, cache)
+                last = i == c.num_layers - 1
+                x, cache = block(c, local, name=f"layers_{i}")(x, turns, None, attend, cache, keep if last else None)
                 each.append(cache)
             caches = tuple(each)
         if c.language_head and not c.tied_head:

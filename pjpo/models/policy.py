@@ -145,8 +145,9 @@ def _hidden(config: Config, params: dict, batch: Batch) -> tuple[Streams, Float[
     streams = Streams.of(batch)
     shared_prefix = flash.shared_prefix if config.attention == "flash" else attention.shared_prefix
     attend = Partial(shared_prefix, streams)
-    hidden, _ = Decoder(config).apply(params, streams.tokens, streams.positions, attend, None)
-    return streams, streams.completions_of(hidden)
+    keep = Partial(Streams.completions_of, streams)
+    hidden, _ = Decoder(config).apply(params, streams.tokens, streams.positions, attend, None, keep)
+    return streams, hidden
 
 
 def _to_completions(streams: Streams, values: Float[Array, "G C"]) -> Float[Array, "B N T"]:

@@ -121,6 +121,15 @@ def test_logps_and_gradients_equal_whole_rows(case, seed):
     assert_close(policy, tiny.make_params(policy), batch, packed, weights)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 130, "global_layers": (1,)}])
+def test_prompts_long_enough_to_go_in_blocks(settings):
+    policy, rng = tiny.make_policy(max_positions=512, **settings), np.random.default_rng(0)
+    batch = tiny.ragged(rng, num_prompts=3, width=300)
+    assert batch.prompt_mask.sum(1).max() > 256
+    weights = rng.normal(size=batch.completion_tokens.shape).astype(np.float32)
+    assert_close(policy, tiny.make_params(policy), batch, batch, weights)
+
+
 def test_packing_computes_only_what_is_there():
     policy, rng = tiny.make_policy(), np.random.default_rng(0)
     batch = tiny.ragged(rng)
