@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from pjpo.models import lora
+from pjpo.models import attention, lora
 from pjpo.models.decoder import Config
 from pjpo.models.rope import Scaling
 from pjpo.packing import pack
@@ -124,8 +124,8 @@ def test_logps_and_gradients_equal_whole_rows(case, seed):
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 130, "global_layers": (1,)}])
 def test_prompts_long_enough_to_go_in_blocks(settings):
     policy, rng = tiny.make_policy(max_positions=512, **settings), np.random.default_rng(0)
-    batch = tiny.ragged(rng, num_prompts=3, width=300)
-    assert batch.prompt_mask.sum(1).max() > 256
+    batch = tiny.ragged(rng, num_prompts=3, width=350)
+    assert batch.prompt_mask.sum(1).max() > 2 * attention.MIN_BLOCK
     weights = rng.normal(size=batch.completion_tokens.shape).astype(np.float32)
     assert_close(policy, tiny.make_params(policy), batch, batch, weights)
 
