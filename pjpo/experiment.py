@@ -35,7 +35,7 @@ class Model:
 
     source: str  # a packaged name, a Hugging Face folder, or a .gguf file
     dtype: Literal["float32", "bfloat16"] = "float32"  # of products and activations
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest; adapters stay float32
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute layers in the backward pass, to save memory
     attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU

@@ -90,7 +90,7 @@ class Config:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embed_scale: float = 1.0  # of embeddings as they enter the first layer
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of products and activations
-    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the weights at rest
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the weights at rest; adapters keep float32
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute each layer in the backward pass
     attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU, see `pjpo.models.flash`
@@ -227,7 +227,8 @@ class Block(nn.Module):
         def adapter(projection: str, x: Array, *out: int) -> Array | None:
             if c.lora is None or projection not in c.lora.targets:
                 return None
-            return lora.Adapter(c.lora, out, dtype, name=f"{projection}_adapter")(x)
+            at_rest = jnp.promote_types(dtype, jnp.float32)  # they are trained, so never coarser than this
+            return lora.Adapter(c.lora, out, at_rest, name=f"{projection}_adapter")(x)
 
         normed = norm(name="attention_norm")(x)
         qkv = Kernel((c.model_dim, k, q + 2, h), 1, dtype, c.qkv_bias, name="qkv")(normed)

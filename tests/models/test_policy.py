@@ -130,6 +130,13 @@ def test_prompts_long_enough_to_go_in_blocks(settings):
     assert_close(policy, tiny.make_params(policy), batch, batch, weights)
 
 
+def test_adapters_of_coarse_weights_are_float32():
+    policy = tiny.make_policy(param_dtype="bfloat16", lora=ALL)
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params["params"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(params["lora"])} == {jnp.dtype("float32")}
+
+
 def test_packing_computes_only_what_is_there():
     policy, rng = tiny.make_policy(), np.random.default_rng(0)
     batch = tiny.ragged(rng)
