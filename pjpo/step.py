@@ -1,14 +1,13 @@
 """Where a method's loss, the policy, an Optax optimizer and the mesh meet: one jitted update.
 
-A loss says by its signature what it reads of the policy: `logps`, unless annotated as None, and, by the names of its
-further arguments, other functions of the policy, such as `scores`. A method whose rows depend on each other through the
-batch (a reference point, a mean over its tokens) says so by a property `whole_batch` of its config.
+A method's config says what its loss asks for beyond `logps`. `outputs` names the functions of the policy that it reads,
+("logps",) unless given; each but `logps`, which is None where it is not named, is an argument of that name.
+`whole_batch` is true where rows depend on each other through the batch (a reference point, a mean over its tokens).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -73,11 +72,9 @@ def reference_logps(policy, reference: Reference, params: dict, ref_params: dict
     )
 
 
-def outputs_of(loss: Callable, policy, params: dict, batch: Batch) -> dict[str, Array]:
-    """What a loss reads of the policy, by name; each is the policy's function of that name."""
-    arguments = list(inspect.signature(loss).parameters.values())
-    names = ["logps"] * (arguments[2].annotation is not None) + [argument.name for argument in arguments[4:]]
-    return {name: getattr(policy, name)(params, batch) for name in names}
+def outputs_of(method: Any, policy, params: dict, batch: Batch) -> dict[str, Array]:
+    """What the method's loss reads of the policy, by name; each is the policy's function of that name."""
+    return {name: getattr(policy, name)(params, batch) for name in getattr(method, "outputs", ("logps",))}
 
 
 def apply(loss: Callable, method: Any, batch: Batch, outputs: dict[str, Array], ref_logps: Array | None):
@@ -126,7 +123,7 @@ def make_update(
         trainable, frozen = policy.trainable(state.params)
 
         def forward(trainable, part):
-            return outputs_of(loss, policy, trainable | frozen, part)
+            return outputs_of(method, policy, trainable | frozen, part)
 
         def reference_of(part):
             return reference_logps(policy, reference, state.params, ref_params, part)

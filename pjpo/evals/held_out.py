@@ -43,7 +43,7 @@ class Config:
             ref_logps = batch.ref_logps  # there already, where the reference is stored
             if ref_logps is None and ref_params is not None:
                 ref_logps = policy.logps(ref_params, batch)
-            outputs = step.outputs_of(context.loss, policy, params, batch)
+            outputs = step.outputs_of(context.method, policy, params, batch)
             mean, metrics = step.apply(context.loss, context.method, batch, outputs, ref_logps)
             rows = {}
             if are_pairs and "logps" in outputs and ref_logps is not None:

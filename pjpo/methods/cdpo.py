@@ -4,12 +4,11 @@ DPO's loss with smoothed labels: biased where labels are flipped, but margins st
 """
 
 import dataclasses
-import math
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -20,12 +19,8 @@ class Config:
     flip_rate: float = 0.1  # share of labels that are taken to be wrong; in [0, 0.5)
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"cdpo: beta must be > 0 and finite, got {self.beta}")
-        if not 0 <= self.flip_rate < 0.5:
-            raise ValueError(
-                f"cdpo: flip_rate must be in [0, 0.5), got {self.flip_rate}; swap the labels of noisier data"
-            )
+        checks.positive(self, "beta")
+        checks.flip_rate(self)
 
 
 def loss(

@@ -5,14 +5,13 @@ sums it over each sequence (`nll_reduction="sum"`). The two differ by the mean l
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import CHOSEN, Batch
@@ -25,12 +24,9 @@ class Config:
     nll_reduction: Literal["mean", "sum"] = "mean"  # over all chosen tokens of the batch, or over a sequence's own
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"cpo: beta must be > 0 and finite, got {self.beta}")
-        if not 0 <= self.nll_weight < math.inf:
-            raise ValueError(f"cpo: nll_weight must be >= 0 and finite, got {self.nll_weight}")
-        if self.nll_reduction not in ("mean", "sum"):
-            raise ValueError(f"cpo: nll_reduction must be 'mean' or 'sum', got {self.nll_reduction!r}")
+        checks.positive(self, "beta")
+        checks.not_negative(self, "nll_weight")
+        checks.one_of(self, "nll_reduction", ("mean", "sum"))
 
     @property
     def whole_batch(self) -> bool:

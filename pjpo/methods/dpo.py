@@ -1,12 +1,11 @@
 """Direct Preference Optimization (DPO). Rafailov et al. 2023, arXiv:2305.18290, Eq. 7. Departures: none."""
 
 import dataclasses
-import math
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -16,8 +15,7 @@ class Config:
     beta: float = 0.1  # pull towards the reference; dimensionless, > 0
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"dpo: beta must be > 0 and finite, got {self.beta}")
+        checks.positive(self, "beta")
 
 
 def loss(

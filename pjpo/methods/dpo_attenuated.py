@@ -4,12 +4,11 @@ With gamma = 1 it is DPO, with gamma = 0 a loss on the policy's own log-probs, w
 """
 
 import dataclasses
-import math
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import Batch
@@ -21,10 +20,8 @@ class Config:
     gamma: float = 0.5  # share of the reference's own margin that counts; the paper tries 0, 0.25, ..., 2; >= 0
 
     def __post_init__(self):
-        for name, value, allowed in (("beta", self.beta, self.beta > 0), ("gamma", self.gamma, self.gamma >= 0)):
-            if not (allowed and value < math.inf):
-                least = "> 0" if name == "beta" else ">= 0"
-                raise ValueError(f"dpo_attenuated: {name} must be {least} and finite, got {value}")
+        checks.positive(self, "beta")
+        checks.not_negative(self, "gamma")
 
 
 def loss(

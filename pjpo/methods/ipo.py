@@ -5,13 +5,12 @@ sums them (`reduction="sum"`), which makes the pull depend on length. Values of 
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import mean_completion, sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import Batch
@@ -23,10 +22,8 @@ class Config:
     reduction: Literal["mean", "sum"] = "mean"  # of a completion's log-ratios over its tokens
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"ipo: beta must be > 0 and finite, got {self.beta}")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"ipo: reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        checks.positive(self, "beta")
+        checks.one_of(self, "reduction", ("mean", "sum"))
 
 
 def loss(

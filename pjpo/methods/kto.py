@@ -6,12 +6,12 @@ and not below zero. So a row holds two completions of one prompt: its own, and t
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pjpo import checks
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
 from pjpo.mismatched import mismatched
@@ -27,11 +27,8 @@ class Config:
     weight_rejected: float = 1.0  # of undesirable ones; keep (weight x number) of chosen to rejected within 1 to 1.5
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"kto: beta must be > 0 and finite, got {self.beta}")
-        for name in ("weight_chosen", "weight_rejected"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"kto: {name} must be >= 0 and finite, got {getattr(self, name)}")
+        checks.positive(self, "beta")
+        checks.not_negative(self, "weight_chosen", "weight_rejected")
 
     @property
     def whole_batch(self) -> bool:

@@ -5,13 +5,12 @@ the likelihood is averaged over pairs as Eq. 6 has it (the released code average
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import mean_completion
 from pjpo.metrics import Mean
 from pjpo.types import CHOSEN, Batch
@@ -22,8 +21,7 @@ class Config:
     weight: float = 0.1  # of the odds ratio beside the likelihood, lambda in the paper; >= 0
 
     def __post_init__(self):
-        if not 0 <= self.weight < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"orpo: weight must be >= 0 and finite, got {self.weight}")
+        checks.not_negative(self, "weight")
 
 
 def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:

@@ -5,12 +5,11 @@ by flip_rate / (1 - 2 flip_rate) for each unit of margin, so losses below zero a
 """
 
 import dataclasses
-import math
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -21,12 +20,8 @@ class Config:
     flip_rate: float = 0.1  # probability that a label was flipped, assumed known; in [0, 0.5)
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"rdpo: beta must be > 0 and finite, got {self.beta}")
-        if not 0 <= self.flip_rate < 0.5:
-            raise ValueError(
-                f"rdpo: flip_rate must be in [0, 0.5), got {self.flip_rate}; swap the labels of noisier data"
-            )
+        checks.positive(self, "beta")
+        checks.flip_rate(self)
 
 
 def loss(

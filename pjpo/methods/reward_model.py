@@ -5,13 +5,13 @@ Eq. 2) and centring (Eisenstein et al. 2023, arXiv:2312.09244, Eq. 2), both off.
 """
 
 import dataclasses
-import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -20,10 +20,10 @@ from pjpo.types import Batch
 class Config:
     center_weight: float = 0.0  # of (reward of chosen + reward of rejected)^2, which keeps rewards around zero; >= 0
     annotated_margins: bool = False  # chosen must win by the difference of `batch.rewards`, [B, 2]
+    outputs: ClassVar = ("scores",)  # what the loss reads of the policy; see `pjpo.step`
 
     def __post_init__(self):
-        if not 0 <= self.center_weight < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"reward_model: center_weight must be >= 0 and finite, got {self.center_weight}")
+        checks.not_negative(self, "center_weight")
 
 
 def loss(

@@ -4,13 +4,12 @@ Departures: none. The pairs they are for come from `pjpo.rejection`; gamma is se
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import Batch
@@ -24,10 +23,8 @@ class Config:
     form: Literal["sigmoid_norm", "hinge", "hinge_norm"] = "sigmoid_norm"  # "norm": relative to the reference
 
     def __post_init__(self):
-        if not 0 < self.gamma < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"rso: gamma must be > 0 and finite, got {self.gamma}")
-        if self.form not in FORMS:
-            raise ValueError(f"rso: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        checks.positive(self, "gamma")
+        checks.one_of(self, "form", FORMS)
 
 
 def loss(

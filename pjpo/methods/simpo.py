@@ -1,12 +1,11 @@
 """Simple Preference Optimization (SimPO). Meng et al. 2024, arXiv:2405.14734, Eq. 6. Departures: none."""
 
 import dataclasses
-import math
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import mean_completion
 from pjpo.metrics import Mean
 from pjpo.types import Batch
@@ -18,10 +17,8 @@ class Config:
     margin: float = 1.0  # by how much chosen should win, gamma in the paper, which uses 0.3 to 1.6; >= 0
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"simpo: beta must be > 0 and finite, got {self.beta}")
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(f"simpo: margin must be >= 0 and finite, got {self.margin}")
+        checks.positive(self, "beta")
+        checks.not_negative(self, "margin")
 
 
 def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:

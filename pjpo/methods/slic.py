@@ -5,12 +5,11 @@ the chosen completion.
 """
 
 import dataclasses
-import math
 
 import jax
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import TARGET, Batch
@@ -22,10 +21,8 @@ class Config:
     nll_weight: float = 0.5  # of the target's negative log-likelihood, lambda in the paper; >= 0
 
     def __post_init__(self):
-        if not 0 < self.margin < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"slic: margin must be > 0 and finite, got {self.margin}")
-        if not 0 <= self.nll_weight < math.inf:
-            raise ValueError(f"slic: nll_weight must be >= 0 and finite, got {self.nll_weight}")
+        checks.positive(self, "margin")
+        checks.not_negative(self, "nll_weight")
 
 
 def loss(config: Config, batch: Batch, logps: Float[Array, "B N T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:

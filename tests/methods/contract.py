@@ -1,7 +1,7 @@
 """What `test_contract.py` asks every method with: read off the signature of its loss, and what its test file adds.
 
-A loss annotates `ref_logps: None` where it has no reference, `logps: None` where it reads none, and `logps` as
-`[B 2 T]` where a row is a pair. Batches have every optional field filled. A method that needs more sets
+A loss annotates `ref_logps: None` where it has no reference, and the first output that it reads of the policy, mostly
+`logps`, as `[B 2 ...]` where a row is a pair. Batches have every optional field filled. A method that needs more sets
 `CONTRACT = Contract(...)` in its own `tests/methods/test_<name>.py`.
 """
 
@@ -52,9 +52,9 @@ class Method:
             raise AssertionError(f"pjpo/methods/{name}.py has no tests/methods/test_{name}.py") from error
         self.contract = getattr(tests, "CONTRACT", Contract())
         annotations = {name: p.annotation for name, p in inspect.signature(self.loss).parameters.items()}
-        self.reads_logps, self.has_reference = (annotations[x] is not None for x in ("logps", "ref_logps"))
-        first = annotations["logps"] if self.reads_logps else list(annotations.values())[4]
-        axis = first.dim_str.split()[1]
+        self.arguments, self.outputs = list(annotations), getattr(self.Config, "outputs", ("logps",))
+        self.reads_logps, self.has_reference = "logps" in self.outputs, annotations["ref_logps"] is not None
+        axis = annotations[self.outputs[0]].dim_str.split()[1]
         self.shape = SHAPE[0], int(axis) if axis.isdigit() else SHAPE[1], SHAPE[2]
 
     @property

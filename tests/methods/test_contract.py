@@ -82,6 +82,11 @@ def test_the_folder_has_methods():
     assert {"dpo", "sft"} <= set(NAMES)
 
 
+def test_the_loss_takes_what_its_config_says_it_reads(method):
+    others = [name for name in method.outputs if name != "logps"]
+    assert method.arguments == ["config", "batch", "logps", "ref_logps", *others]
+
+
 def test_loss_and_metrics_are_means_of_float32(method):
     for config in method.configs:
         means, gradient = outcome(method, config, on_device(method.example()))

@@ -1,0 +1,45 @@
+"""Refusals of hyperparameters: at both ends of what is allowed, and just past them."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from pjpo import checks
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    weight: float = 1.0
+    flip_rate: float = 0.0
+    form: str = "mean"
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad", "allowed"),
+    [
+        (checks.positive, (1e-30, 1e30), (0.0, -0.1, math.inf, math.nan), "> 0 and finite"),
+        (checks.not_negative, (0.0, 1e30), (-1e-30, math.inf, math.nan), ">= 0 and finite"),
+    ],
+)
+def test_bounds(check, good, bad, allowed):
+    for weight in good:
+        check(Config(weight=weight), "weight")
+    for weight in bad:
+        with pytest.raises(ValueError, match=re.escape(f"test_checks: weight must be {allowed}, got {weight}")):
+            check(Config(weight=weight), "weight")
+
+
+def test_flip_rate():
+    for rate in (0.0, 0.4999):
+        checks.flip_rate(Config(flip_rate=rate))
+    for rate in (-0.1, 0.5, math.nan):
+        with pytest.raises(ValueError, match=rf"flip_rate must be in \[0, 0.5\), got {rate}; swap the labels"):
+            checks.flip_rate(Config(flip_rate=rate))
+
+
+def test_one_of():
+    checks.one_of(Config(), "form", ("sum", "mean"))
+    with pytest.raises(ValueError, match="test_checks: form must be one of sum, max, got 'mean'"):
+        checks.one_of(Config(), "form", ("sum", "max"))
