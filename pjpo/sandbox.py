@@ -80,8 +80,10 @@ class _Extension(jinja2.ext.Extension):
 
     @jinja2.pass_context
     def tick(self, context: jinja2.runtime.Context) -> bool:
-        context[_RUN].num_steps += 1
-        _check(context[_RUN].num_steps <= MAX_STEPS, f"it takes more than {MAX_STEPS:,} steps")
+        run = context[_RUN]
+        run.num_steps += 1
+        if run.num_steps > MAX_STEPS:
+            raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
         return True
 
 

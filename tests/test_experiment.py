@@ -28,7 +28,8 @@ from tests.models import tiny_llama
 
 ROOT = Path(__file__).parents[1]
 LAST = tiny_run.EXPERIMENT.loop.num_steps
-# On one device, each compilation made once: a start costs what importing costs.
+# On one device, each compilation made once, and quickly: a start costs what importing costs.
+FLAGS = "--xla_backend_optimization_level=0"
 CACHED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
@@ -39,7 +40,7 @@ class Program:
 
     def __init__(self, root, model, cache=None):
         self.root, self.model = root, model
-        self.environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        self.environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         if cache:
             self.environment |= CACHED | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
 

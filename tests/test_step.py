@@ -54,7 +54,6 @@ def setup(mesh, reference="online", loss=dpo.loss, method=METHOD, num_microbatch
 def trajectory(mesh, num_steps=NUM_STEPS, change=lambda batch: batch, **settings):
     """Metrics of every step, [steps] each, and the parameters after them as NumPy arrays."""
     _, state, ref_params, update = setup(mesh, **settings)
-    update = jax.jit(update.jitted, donate_argnums=0, compiler_options=tiny.QUICK)
     logged = []
     for step in range(num_steps):
         state, metrics = update(state, ref_params, sharding.place_batch(change(make_batch(step)), mesh))

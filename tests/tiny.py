@@ -10,7 +10,6 @@ from pjpo.models import Policy
 from pjpo.models.decoder import Config, unstack_layers
 from pjpo.types import Batch
 
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; the program stays the same
 SIZES = {"vocab_size": 37, "num_layers": 2, "model_dim": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 # Every axis that a mesh of 8 may cut divides by 8.
 DIVISIBLE = {"vocab_size": 64, "model_dim": 16, "num_heads": 16, "num_kv_heads": 8, "head_dim": 4, "mlp_dim": 24}

@@ -16,7 +16,6 @@ from pjpo.models.rope import Scaling
 from pjpo.packing import pack
 from pjpo.sampling import Sampling
 from pjpo.types import Batch
-from tests import tiny
 from tests.models import tiny_llama
 
 DATA = pathlib.Path(__file__).parents[1] / "data_files" / "families"
@@ -82,7 +81,7 @@ def reference(family):
     return batch, scores, expected["greedy"]
 
 
-@jax.jit(static_argnums=0, compiler_options=tiny.QUICK)
+@jax.jit(static_argnums=0)
 def logps(policy, params, batch):
     return policy.logps(params, batch)
 

@@ -74,7 +74,7 @@ def rows_of(batch):
     return rows.reshape(-1, rows.shape[-1]), np.broadcast_to(starts, batch.completion_tokens.shape)
 
 
-@jax.jit(static_argnums=0, compiler_options=tiny.QUICK)
+@jax.jit(static_argnums=0)
 def plain(config, params, rows, places, mask, weights):
     """Log-probs [B, N, T] by the oracle, 0 where there is no token, and the gradient of their sum under `weights`."""
 
@@ -86,7 +86,7 @@ def plain(config, params, rows, places, mask, weights):
     return logps, pullback(weights)[0]
 
 
-@jax.jit(static_argnums=0, compiler_options=tiny.QUICK)
+@jax.jit(static_argnums=0)
 def shared(policy, params, batch, weights):
     """The same by the policy."""
     logps, pullback = jax.vjp(lambda params: policy.logps(params, batch), params)

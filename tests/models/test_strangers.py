@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from pjpo import sandbox
 from pjpo.models import load
 from tests.models import tiny_llama
 
@@ -342,8 +343,9 @@ ESCAPES = (
 
 
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_template_reaches_nothing(folder, template):
+def test_a_template_reaches_nothing(folder, template, monkeypatch):
     """Neither Python's internals nor files nor the messages themselves, and not all the time and memory there is."""
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 20_000)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     messages = [{"role": "user", "content": "hello"}]
     _, _, tokenizer = load(folder)
