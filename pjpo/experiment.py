@@ -103,7 +103,7 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     config = describe(experiment)
     folder = _folder(lambda: runs.open(resume, name, config, may_change=MAY_CHANGE)) if resume else None
     parts = _build(experiment, mesh, folder.path if folder else None, Path(root), say)
-    # Only now, so that a model or data that cannot be used leave no folder behind.
+    # Only now, so that a model, data or settings that cannot be used leave no folder behind.
     folder = folder or _folder(lambda: runs.create(root, name, config))
     if experiment.wandb_project and distributed.is_first():
         folder = dataclasses.replace(folder, sink=runs.wandb_sink(experiment.wandb_project, folder, config))
@@ -206,6 +206,10 @@ class _Parts:
     data: Data
     reference_model: _ReferenceModel
     evaluate: Callable | None
+    batches: Batches
+    prepare: Callable[[Batch], Batch]  # this host's share of a batch, onto the mesh
+    first: Batch  # a batch on the host, and prepared: policy and reference agree on it
+    first_prepared: Batch
     state_key: jax.Array
 
 
@@ -233,15 +237,26 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     loss = per_source(experiment.loss, data.sources) if data.sources else experiment.loss
     context = dataclasses.replace(context, loss=loss, buckets=Buckets.of(itertools.chain(data.train, data.held_out)))
     evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None
-    return _Parts(context=context, data=data, reference_model=reference_model, evaluate=evaluate, state_key=state_key)
+    batches, prepare = _batches(experiment, context, data, reference_model)
+    first = collate(data.train[: experiment.batch_size], context.buckets)
+    first_prepared = prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))
+    reference_model.check_start(experiment, first_prepared)
+    return _Parts(
+        context=context,
+        data=data,
+        reference_model=reference_model,
+        evaluate=evaluate,
+        batches=batches,
+        prepare=prepare,
+        first=first,
+        first_prepared=first_prepared,
+        state_key=state_key,
+    )
 
 
-def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: checkpoints.Checkpoints) -> None:
-    context, data, reference_model = parts.context, parts.data, parts.reference_model
-    policy, mesh = context.policy, context.mesh
-    folder.summary({f"counts/{what}": count for what, count in data.counts.items()})
-    if data.sampled and distributed.is_first() and not (folder.path / PAIRS).exists():
-        saved_data.save(folder.path / PAIRS, data)
+def _batches(experiment: Experiment, context: Context, data: Data, reference_model: _ReferenceModel):
+    """This host's shares of the training batches, and a function that completes one and places it on the mesh."""
+    mesh = context.mesh
     index, count = sharding.share(mesh)
     num_groups = sharding.num_batch_parts(mesh) * experiment.num_microbatches
     adds = hasattr(experiment.method, "prepare")  # tokens, so batches are packed after it, as they come
@@ -256,8 +271,6 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
         shard_count=count,
     )
     distributed.agree("data", batches.get_state())
-    schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
-    optimizer = optim.make_optimizer(experiment.optimizer, schedule)
 
     def prepare(share: Batch) -> Batch:
         share = reference_model.attach(completed(experiment.method, share), mesh)
@@ -265,9 +278,17 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
             share = packing.pack(share, num_groups=num_groups // count, largest=distributed.largest)
         return sharding.place_share(share, mesh)
 
-    first = collate(data.train[: experiment.batch_size], context.buckets)
-    prepared = prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))
-    reference_model.check_start(experiment, prepared)
+    return batches, prepare
+
+
+def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: checkpoints.Checkpoints) -> None:
+    context, data, reference_model = parts.context, parts.data, parts.reference_model
+    policy, mesh = context.policy, context.mesh
+    folder.summary({f"counts/{what}": count for what, count in data.counts.items()})
+    if data.sampled and distributed.is_first() and not (folder.path / PAIRS).exists():
+        saved_data.save(folder.path / PAIRS, data)
+    schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
+    optimizer = optim.make_optimizer(experiment.optimizer, schedule)
     state = train.train(
         experiment.loop,
         update=step.make_update(
@@ -290,8 +311,8 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
             keep_params=experiment.reference in ("online", "stored"),
         ),
         ref_params=reference_model.params if experiment.reference == "online" else None,
-        batches=batches,
-        prepare=prepare,
+        batches=parts.batches,
+        prepare=parts.prepare,
         evaluate=_Evaluation(experiment, parts, folder) if parts.evaluate else None,
         trainable=lambda state: dataclasses.replace(state, params=policy.trainable(state.params)[0]),
         restored=lambda state, saved: dataclasses.replace(saved, params=state.params | saved.params),
@@ -306,13 +327,13 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     )
     if before and after:
         context.say(side_by_side(before, after))
-    is_pairs = first.completion_tokens.shape[1] == 2
+    is_pairs = parts.first.completion_tokens.shape[1] == 2
     written = distributed.from_first(lambda: any(row.get("kind") == "token_rewards" for row in rows))
     if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
         # In the shapes of the step-0 gate, for which everything is compiled.
-        both = [policy.logps(p, prepared) for p in (state.params, reference_model.of(state))]
+        both = [policy.logps(p, parts.first_prepared) for p in (state.params, reference_model.of(state))]
         logps, ref_logps = (logps[:4] for logps in distributed.fetch(both))
-        shown = jax.tree.map(lambda x: x[:4], first)
+        shown = jax.tree.map(lambda x: x[:4], parts.first)
         labels = ("chosen", "rejected")
         rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, context.tokenizer, labels)
         folder.sample(experiment.loop.num_steps, rows)
