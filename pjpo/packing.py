@@ -50,15 +50,16 @@ def pack(
     num_slots = prompt_slots.shape[1] + completion_slots.shape[1]
     num_places = prompt_places + completion_places
     slots = np.full((num_groups, num_places), num_slots, np.int32)
-    places = np.full((num_groups, num_slots), num_places, np.int32)
+    places_of_slots = np.full((num_groups, num_slots), num_places, np.int32)
     for group in range(num_groups):
         for used, first_place, first_slot in (
             (np.flatnonzero(prompt_slots[group]), 0, 0),
             (np.flatnonzero(completion_slots[group]), prompt_places, prompt_slots.shape[1]),
         ):
             slots[group, first_place : first_place + used.size] = first_slot + used
-            places[group, first_slot + used] = first_place + np.arange(used.size)
-    return dataclasses.replace(batch, packing=Packing(slots=slots, places=places, num_prompt_places=prompt_places))
+            places_of_slots[group, first_slot + used] = first_place + np.arange(used.size)
+    packing = Packing(slots=slots, places=places_of_slots, num_prompt_places=prompt_places)
+    return dataclasses.replace(batch, packing=packing)
 
 
 def prompt_keys(prompt_mask):

@@ -54,13 +54,15 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
     return lax.platform_dependent(x, kernel, transposed, cpu=kernel_left, default=ordinary)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: Array, kernel: Array, cut: tuple[str | None, ...] = ()) -> Array:
+def _product(x: Array, kernel: Array, cut: tuple[str | None, ...] = ()) -> Array:
     """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; the kernel is cast to it at use.
 
     `cut` says how a mesh cuts each axis of the kernel, see `pjpo.layout`: its gradient is summed into these parts.
     """
     return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
+
+
+product = jax.custom_vjp(_product, nondiff_argnums=(2,))
 
 
 def _product_forward(x, kernel, cut):

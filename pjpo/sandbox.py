@@ -15,6 +15,7 @@ from collections.abc import Callable, Sized
 from typing import Any, ClassVar
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.sandbox
 import jinja2.visitor
@@ -83,7 +84,7 @@ class _Extension(jinja2.ext.Extension):
         run = context[_RUN]
         run.num_steps += 1
         if run.num_steps > MAX_STEPS:
-            raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+            raise jinja2.exceptions.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
         return True
 
 
@@ -153,7 +154,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _check(allowed: bool, message: str) -> None:
     if not allowed:
-        raise jinja2.sandbox.SecurityError(message)
+        raise jinja2.exceptions.SecurityError(message)
 
 
 def _check_format(pattern: Any) -> None:

@@ -146,7 +146,7 @@ def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     """The rows of a global array of `num_rows` that `place_share` fills from this process, ascending."""
     cut = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     parts = cut.addressable_devices_indices_map((num_rows,)).values()
-    return np.unique(np.concatenate([np.arange(num_rows)[rows] for (rows,) in parts]))
+    return np.unique(np.concatenate([np.arange(num_rows)[rows] for rows in parts]))
 
 
 def _place(leaf, sharding: NamedSharding) -> jax.Array:

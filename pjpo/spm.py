@@ -115,7 +115,7 @@ def read(path: Path) -> tuple[Vocabulary, dict[str, str]]:
         squeeze_spaces=normalizer.remove_extra_whitespaces,
         charsmap=normalizer.precompiled_charsmap,
     )
-    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
+    ids: dict[str, int] = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
     ids |= {"unk_token": vocabulary.unk_id}
     return vocabulary, {name: vocabulary.pieces[i] for name, i in ids.items() if i >= 0}
 

@@ -38,10 +38,11 @@ def arrange(
     prompts, completions = lengths.T
     rows = np.lexsort((prompts, np.searchsorted(buckets.completion_tokens, completions))).reshape(-1, batch_size)
     shapes = [buckets.fit(*lengths[batch].max(axis=0).tolist()) for batch in rows]
-    for shape in sorted(set(shapes)) if tokens is not None else ():
-        alike = [number for number, other in enumerate(shapes) if other == shape]
-        mixed = rng.permutation(rows[alike].ravel())
-        rows[alike] = mixed[deal(tokens[mixed], batch_size, rng)]
+    if tokens is not None:
+        for shape in sorted(set(shapes)):
+            alike = [number for number, other in enumerate(shapes) if other == shape]
+            mixed = rng.permutation(rows[alike].ravel())
+            rows[alike] = mixed[deal(tokens[mixed], batch_size, rng)]
     return [(rows[number], shapes[number]) for number in rng.permutation(len(rows))]
 
 

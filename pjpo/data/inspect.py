@@ -30,6 +30,14 @@ from pjpo.data.rows import Skip
 from pjpo.data.sources import Source, open_source
 
 Kind = Literal["preference", "unpaired", "supervised", "prompts"]
+COLUMNS: tuple[tuple[set[str], Kind], ...] = (  # that say what a row is; the first that it has
+    ({"chosen", "rejected"}, "preference"),
+    ({"prompt", "completion", "label"}, "unpaired"),
+    ({"prompt", "completion"}, "supervised"),
+    ({"messages"}, "supervised"),
+    ({"text"}, "supervised"),
+    ({"prompt"}, "prompts"),
+)
 CONFIGS = {"preference": preference, "unpaired": unpaired, "supervised": supervised, "prompts": prompts}
 QUANTILES = {"shortest": 0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1}
 NEAR_TIE = 0.9  # the share of a pair's longer completion that both begin and end with
@@ -68,14 +76,7 @@ def kind_of(row: dict[str, Any]) -> Kind:
         ValueError: nothing that is known.
     """
     found = {name for name, value in row.items() if value is not None}
-    for needed, kind in (
-        ({"chosen", "rejected"}, "preference"),
-        ({"prompt", "completion", "label"}, "unpaired"),
-        ({"prompt", "completion"}, "supervised"),
-        ({"messages"}, "supervised"),
-        ({"text"}, "supervised"),
-        ({"prompt"}, "prompts"),
-    ):
+    for needed, kind in COLUMNS:
         if needed <= found:
             return kind
     raise ValueError(

@@ -42,9 +42,9 @@ def shared_prefix(
     if scoring.window is not None:
         at, steps = _positions(streams.prompt_keys), jnp.arange(k.shape[3])
         first = streams.prompt_keys.sum(1)[:, None, None]  # position of each completion's first input
-        among_prompts &= _near(at[:, :, None], at[:, None], scoring)[:, None, None]
-        to_prompt &= _near(first + steps[None, :, None], at[:, None], scoring)[:, None, None, None]
-        among_own &= _near(steps[:, None], steps[None], scoring)[None, None, None, None]
+        among_prompts &= _near(at[:, :, None], at[:, None], scoring.window)[:, None, None]
+        to_prompt &= _near(first + steps[None, :, None], at[:, None], scoring.window)[:, None, None, None]
+        among_own &= _near(steps[:, None], steps[None], scoring.window)[None, None, None, None]
     prompt_out = _attend_causally(prompt_q, prompt_k, prompt_v, among_prompts, scoring)
     out = _attend(q, [(prompt_k, prompt_v, "bksh", to_prompt), (k, v, "bknsh", among_own)], scoring)
     out = streams.join(prompt_out.transpose(0, 3, 1, 2, 4), out.transpose(0, 2, 4, 1, 3, 5))
@@ -59,7 +59,7 @@ def prefill(
     visible = prompt_mask[:, None, None, None, :] & _causal(k.shape[2])
     if scoring.window is not None:
         at = _positions(prompt_mask)
-        visible &= _near(at[:, :, None], at[:, None], scoring)[:, None, None]
+        visible &= _near(at[:, :, None], at[:, None], scoring.window)[:, None, None]
     out = _attend_causally(q, k, v, visible, scoring)
     return out.transpose(0, 3, 1, 2, 4), (k, v)
 
@@ -104,8 +104,8 @@ def decode(
     so_far = own_steps <= step
     if scoring.window is not None:
         here = prompt_keys.sum(1)[:, None] + step
-        visible &= _near(here, _positions(prompt_keys), scoring)[:, None, None]
-        so_far &= _near(step, own_steps, scoring)
+        visible &= _near(here, _positions(prompt_keys), scoring.window)[:, None, None]
+        so_far &= _near(step, own_steps, scoring.window)
     to_prompt = soft_cap(_einsum("bkqh,bkhs->bkqs", by_prompt(q), prompt_k), scoring.softcap)
     to_prompt = by_completion(jnp.where(visible, to_prompt, MASKED))
     to_own = soft_cap(_einsum("bkqh,bkhs->bkqs", q, keys), scoring.softcap)
@@ -139,9 +139,9 @@ def _positions(mask: Array) -> Array:
     return mask.cumsum(1) - 1
 
 
-def _near(queries: Array, keys: Array, scoring: Scoring) -> Array:
+def _near(queries: Array, keys: Array, window: int | Array) -> Array:
     """Whether the positions of keys are in the window of the positions of queries that come later."""
-    return queries - keys < scoring.window
+    return queries - keys < window
 
 
 def _attend_causally(q: Array, k: Array, v: Array, visible: Array, scoring: Scoring) -> Array:

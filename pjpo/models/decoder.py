@@ -218,9 +218,9 @@ class Block(nn.Module):
         norm = functools.partial(RMSNorm, c.norm_eps, dtype, c.norm_plus_one)
         k, q, h = c.num_kv_heads, c.heads_of_kv, c.head_dim
         if is_local is None:
-            turns, window = (turns[-1], c.sliding_window) if self.local else (turns[0], None)
+            own_turns, window = (turns[-1], c.sliding_window) if self.local else (turns[0], None)
         else:
-            turns = jax.tree.map(lambda everywhere, near: jnp.where(is_local, near, everywhere), turns[0], turns[-1])
+            own_turns = jax.tree.map(lambda far, near: jnp.where(is_local, near, far), turns[0], turns[-1])
             window = jnp.where(is_local, c.sliding_window, c.max_positions)
         scoring = Scoring(h**-0.5 if c.query_scale is None else c.query_scale, c.attention_softcap, window)
 
@@ -241,7 +241,7 @@ class Block(nn.Module):
         if c.qk_norm:
             queries, key, value = jnp.split(qkv, [q, q + 1], axis=-2)
             qkv = jnp.concatenate([norm(name="q_norm")(queries), norm(name="k_norm")(key), value], axis=-2)
-        attended, cache = attend(rotate(qkv, turns), cache, scoring)
+        attended, cache = attend(rotate(qkv, own_turns), cache, scoring)
         if keep is not None:
             x, attended = keep(x), keep(attended)
         flat = attended.reshape(*attended.shape[:-3], -1)

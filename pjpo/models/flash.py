@@ -78,6 +78,7 @@ def on_tpu(
         segments = splash.SegmentIds(jnp.ones_like(keys), keys)  # a query sees the keys of its own number alone
         of_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
         out = jax.vmap(of_heads)(q, k[:, :, 0], v[:, :, 0], segments)  # [B, K, Q, S, H]
+        assert isinstance(out, jax.Array), "residuals, which were not asked for"
         return out[..., :length, :].transpose(0, 3, 1, 2, 4)
 
     return each(slots, keys)

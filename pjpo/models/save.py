@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjpo.models import decoder, names
+from pjpo.models import decoder, lora, names
 from pjpo.models.config_json import to_config_json
 from pjpo.models.policy import Policy
 from pjpo.tokenizer import Tokenizer
@@ -149,9 +149,9 @@ def _tensor(config: decoder.Config, params: dict, name: str, layer: int) -> np.n
     """One tensor as the file holds it, its adapter folded in."""
     tensor = names.tensors(config)[name]
     part = _leaf(params["params"] | params, *tensor.path, layer)[tensor.where]
-    if "lora" in params and name in config.lora.targets:
+    if "lora" in params and name in (settings := _lora(config)).targets:
         a, b = _adapter(params["lora"], name, layer)
-        update = np.float32(config.lora.alpha / config.lora.rank) * (a.astype(np.float32) @ b.astype(np.float32))
+        update = np.float32(settings.alpha / settings.rank) * (a.astype(np.float32) @ b.astype(np.float32))
         part = (part.astype(np.float32) + update.reshape(part.shape)).astype(part.dtype)
     return np.ascontiguousarray(tensor.unfold(part))
 
@@ -159,10 +159,10 @@ def _tensor(config: decoder.Config, params: dict, name: str, layer: int) -> np.n
 def _write_adapters(folder: Path, policy: Policy, adapters: dict, base: str | None) -> None:
     from safetensors.numpy import save_file
 
-    config, file_names = policy.config, names.hugging_face(policy.config.post_norms)
+    settings, file_names = _lora(policy.config), names.hugging_face(policy.config.post_norms)
     tensors = {}
-    for name in config.lora.targets:
-        for layer in range(config.num_layers):
+    for name in settings.targets:
+        for layer in range(policy.config.num_layers):
             a, b = _adapter(adapters, name, layer)
             module = "base_model.model." + file_names[name].format(layer).removesuffix(".weight")
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
@@ -172,14 +172,19 @@ def _write_adapters(folder: Path, policy: Policy, adapters: dict, base: str | No
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.lora.rank,
-        "lora_alpha": config.lora.alpha,
-        "target_modules": [file_names[name].split(".")[-2] for name in config.lora.targets],
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": [file_names[name].split(".")[-2] for name in settings.targets],
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     _write_json(folder / "adapter_config.json", about)
+
+
+def _lora(config: decoder.Config) -> lora.Config:
+    assert config.lora is not None, "parameters hold adapters, of which the policy's config says nothing"
+    return config.lora
 
 
 def _adapter(adapters: dict, name: str, layer: int) -> tuple[np.ndarray, np.ndarray]:

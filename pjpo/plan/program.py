@@ -97,7 +97,7 @@ class Program:
             self.inside.add(name)
         for instruction in self.computations[name].values():
             if instruction.opcode == "while":
-                body, condition = (re.search(rf"{x}=%?([\w.-]+)", instruction.rest)[1] for x in ("body", "condition"))
+                body, condition = (_search(rf"{x}=%?([\w.-]+)", instruction)[1] for x in ("body", "condition"))
                 self._count(body, times * self._trips(instruction, body, condition), inside)
             else:
                 for called in instruction.calls():
@@ -121,8 +121,8 @@ class Program:
 
     def _constants(self, name: str) -> Iterator[tuple[str, int]]:
         for instruction in self.computations[name].values():
-            if instruction.opcode == "constant" and re.fullmatch(r"\d+\b.*", instruction.rest):
-                yield instruction.name, int(re.match(r"\d+", instruction.rest)[0])
+            if instruction.opcode == "constant" and (found := re.fullmatch(r"(\d+)\b.*", instruction.rest)):
+                yield instruction.name, int(found[1])
             for called in instruction.calls():
                 yield from self._constants(called)
 
@@ -163,7 +163,7 @@ class Program:
     @functools.cached_property
     def collectives(self) -> list[Collective]:
         """All of them, those of one kind, size and group together; a copy of one whose pieces are spread is one."""
-        counts: dict[tuple, int] = collections.Counter()
+        counts: collections.Counter[tuple[str, int, int]] = collections.Counter()
         seen = set()
         for name, instruction, times in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
@@ -263,6 +263,16 @@ def _split_shape(text: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced type in {text[:80]!r}")
 
 
+def _search(pattern: str, instruction: Instruction) -> re.Match:
+    """
+    Raises:
+        ValueError: the instruction does not have what its kind always has.
+    """
+    if found := re.search(pattern, instruction.rest):
+        return found
+    raise ValueError(f"{instruction.opcode} {instruction.name} says nothing like {pattern!r}")
+
+
 def _array(found: re.Match) -> Array:
     shape = tuple(int(size) for size in found[2].split(",") if size)
     return Array(found[1], shape, "S(" not in (found[3] or ""))
@@ -284,7 +294,7 @@ def _dot_flops(instruction: Instruction, left: tuple, right: tuple) -> int:
 
 def _convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> int:
     """Only pairs of a place in the window and one in the input that exist count: a TPU's batch axes are windows too."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    labels = _search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction)
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or [""])[0]))
     out = instruction.outputs[0].shape
     pairs = 1
