@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.dpo_sentiment $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -29,6 +29,17 @@ hypothesis.settings.load_profile("pjpo")
 
 import pytest
 
+# Of two processes each takes the next file: the longest first, so that both end together.
+LONGEST = (
+    *("test_experiment.py", "test_distributed.py", "test_step.py", "test_policy.py"),
+    *("test_contract.py", "test_sampling.py", "test_smoke.py", "test_plan.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture
 def unchecked():
