@@ -26,6 +26,15 @@ def not_negative(config: Any, *fields: str) -> None:
         _check(config, field, 0 <= getattr(config, field) < math.inf, ">= 0 and finite")
 
 
+def at_least(config: Any, least: int, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: a field below `least`.
+    """
+    for field in fields:
+        _check(config, field, getattr(config, field) >= least, f">= {least}")
+
+
 def flip_rate(config: Any) -> None:
     """
     Raises:

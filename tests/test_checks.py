@@ -31,6 +31,12 @@ def test_bounds(check, good, bad, allowed):
             check(Config(weight=weight), "weight")
 
 
+def test_least():
+    checks.at_least(Config(weight=2), 2, "weight")
+    with pytest.raises(ValueError, match="test_checks: weight must be >= 3, got 2"):
+        checks.at_least(Config(weight=2), 3, "weight")
+
+
 def test_flip_rate():
     for rate in (0.0, 0.4999):
         checks.flip_rate(Config(flip_rate=rate))

@@ -289,6 +289,24 @@ def test_the_command_prints_a_plan(capsys):
         assert words in printed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--prompt-tokens 0", "plan: prompt_tokens must be >= 1, got 0"),
+        ("--batch-size=-2", "plan: batch_size must be >= 1, got -2"),
+        ("--reference adapter", "plan: reference 'adapter' is the model without adapters; set lora.rank"),
+    ],
+)
+def test_work_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        command.run(command.parse(["Llama-3.2-1B", "--topology", "cpu:8", *arguments.split()]))
+
+
+def test_the_command_refuses_in_one_line():
+    with pytest.raises(SystemExit, match="^unknown experiment 'dpo_glas'; did you mean 'dpo_glass'"):
+        command.main(["Llama-3.2-1B", "--topology", "cpu:8", "--experiment", "dpo_glas"])
+
+
 def test_public_shapes_have_the_sizes_of_their_names():
     for name, billions in (("Llama-3.2-1B", 1.24), ("Llama-3.1-8B", 8.03), ("Llama-3.1-70B", 70.6)):
         params = jax.eval_shape(plan.Policy(decoder.Config(**shapes.SHAPES[name])).init, jax.random.key(0))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pjpo import layout, optim, sampling, sharding, step
+from pjpo import checks, layout, optim, sampling, sharding, step
 from pjpo.methods import dpo
 from pjpo.models import Policy, decoder
 from pjpo.plan.chips import Chip
@@ -38,6 +38,12 @@ class Work:
     reference: step.Reference = "online"
     optimizer: optim.Config = dataclasses.field(default_factory=lambda: optim.Config(learning_rate=1e-6))
     num_microbatches: int = 1
+
+    def __post_init__(self):
+        sizes = ("batch_size", "prompt_tokens", "completion_tokens", "num_completions", "num_microbatches")
+        checks.at_least(self, 1, *sizes)
+        if self.reference == "adapter" and self.model.lora is None:
+            raise ValueError("plan: reference 'adapter' is the model without adapters; set lora.rank, or use 'online'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

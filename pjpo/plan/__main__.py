@@ -114,13 +114,17 @@ def run(options: Options) -> None:
         print(describe("generation", plan.of_generation(work, mesh, chip), chip))
 
 
-if __name__ == "__main__":
-    options = parse()
-    jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays free
-    name, _, count = options.topology.partition(":")
-    if name == "cpu" and count.isdigit() and int(count) > 0:
-        jax.config.update("jax_num_cpu_devices", int(count))
+def main(argv: list[str] | None = None) -> None:
     try:
+        options = parse(argv)
+        jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays free
+        name, _, count = options.topology.partition(":")
+        if name == "cpu" and count.isdigit() and int(count) > 0:
+            jax.config.update("jax_num_cpu_devices", int(count))
         run(options)
     except (ValueError, ModuleNotFoundError, OSError) as error:
         raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
