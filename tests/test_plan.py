@@ -303,7 +303,7 @@ def test_work_that_cannot_be_is_refused(arguments, message):
 
 
 def test_the_command_refuses_in_one_line():
-    with pytest.raises(SystemExit, match="^unknown experiment 'dpo_glas'; did you mean 'dpo_glass'"):
+    with pytest.raises(SystemExit, match=r"^unknown experiment 'dpo_glas'; did you mean 'dpo_glass'"):
         command.main(["Llama-3.2-1B", "--topology", "cpu:8", "--experiment", "dpo_glas"])
 
 
