@@ -99,6 +99,8 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
     say = say if distributed.is_first() else lambda _: None
     mesh = sharding.make_mesh(experiment.mesh)
     _check(experiment, mesh)
+    if not resume:
+        runs.check_root(root)
     experiment = dataclasses.replace(experiment, model=_made(experiment.model, Path(root), say))
     config = describe(experiment)
     folder = _folder(lambda: runs.open(resume, name, config, may_change=MAY_CHANGE)) if resume else None

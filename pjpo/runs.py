@@ -36,6 +36,20 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
+def check_root(root: str | os.PathLike) -> None:
+    """Before anything is computed for a run whose folder could not be made.
+
+    Raises:
+        ValueError: `root` is no folder, or lies in what is none, or must not be written to.
+    """
+    root = Path(root).absolute()
+    there = next(path for path in (root, *root.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"no run can be written to {root}: {there} is a file; choose another folder with --runs")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"no run can be written to {root}: {there} is not yours to write; choose another with --runs")
+
+
 def create(root: str | os.PathLike, experiment: str, config: Mapping[str, Any]) -> RunFolder:
     """A new folder root/<experiment>/<id>, where the id is the time and a short hash of the config.
 

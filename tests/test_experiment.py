@@ -295,6 +295,12 @@ def refused(root, change, message, error=ValueError):
     assert not (root / "runs").exists()
 
 
+def test_a_file_where_runs_should_lie_is_refused_first(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(ValueError, match="no run can be written to .*runs is a file"):
+        experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, QUICK), root=tmp_path / "runs")
+
+
 def test_what_cannot_work_leaves_no_folder(tmp_path, model):
     refused(tmp_path, {"model.source": "nowhere"}, "unknown model source 'nowhere'")
     source = {"model.source": str(model)}

@@ -39,6 +39,20 @@ def read_events(path):
     return events
 
 
+def test_a_place_for_runs_is_a_folder_or_can_become_one(tmp_path, monkeypatch):
+    for good in (tmp_path, tmp_path / "new" / "newer"):
+        runs.check_root(good)
+    file = tmp_path / "file"
+    file.write_text("")
+    for bad in (file, file / "runs"):
+        with pytest.raises(ValueError, match=f"no run can be written to {bad}: {file} is a file; choose another"):
+            runs.check_root(bad)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))
+    with pytest.raises(ValueError, match=f"{tmp_path} is not yours to write"):
+        runs.check_root(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_create_writes_what_a_number_may_depend_on(folder, tmp_path):
     assert folder.path.parent == tmp_path / "runs" / "dpo_tiny"
     about = json.loads((folder.path / "config.json").read_text())
