@@ -297,7 +297,7 @@ def refused(root, change, message, error=ValueError):
 
 def test_a_file_where_runs_should_lie_is_refused_first(tmp_path):
     (tmp_path / "runs").write_text("")
-    with pytest.raises(ValueError, match="no run can be written to .*runs is a file"):
+    with pytest.raises(ValueError, match=r"no run can be written to .*runs is a file"):
         experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, QUICK), root=tmp_path / "runs")
 
 

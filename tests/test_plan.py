@@ -226,7 +226,7 @@ def test_updates_on_cpu_devices(method, name, capfd):
 def test_memory_is_that_of_the_state_that_runs():
     """Against a state that really lies on the devices."""
     mesh = sharding.make_mesh(MESHES["all"])
-    work = make_work(SMALL, "dpo", mesh, tokens=16)
+    work = make_work(SMALL, "sft", mesh, tokens=16)
     policy = plan.Policy(work.model)
     placed = sharding.place(policy.init(jax.random.key(0)), mesh)
     on_first = [s.data.nbytes for x in jax.tree.leaves(placed) for s in x.addressable_shards if s.device.id == 0]
