@@ -191,7 +191,7 @@ def test_microbatches_add_up_to_one_batch(method):
     for config in (config for config in method.configs if not depends_on_the_batch(config)):
         part = functools.cache(functools.partial(outcome_of, method, config))
         expected = outcome(method, config, arguments)
-        for cuts in (range(1, 8), [4], [2, 4, 6], [1, 7], [3, 4]):
+        for cuts in (range(1, 8), [4], [1, 5, 6, 7], [1, 2, 3, 4]):  # of two sizes, as each is compiled
             assert_same(joined(list(map(part, [0, *cuts], [*cuts, SHAPE[0]]))), expected)
 
 
