@@ -310,7 +310,7 @@ def test_what_cannot_work_leaves_no_folder(tmp_path, model):
         tmp_path, source | {"data": preference.Config(path=str(tmp_path / "bad.jsonl"))}, "bad.jsonl:1: columns found"
     )
     refused(tmp_path, source | {"evaluation.batch_size": 12}, "evaluation.batch_size 12 is not divisible by 8 .*16")
-    refused(tmp_path, source | {"batch_size": 40}, "batch_size 40 is larger than the 32 examples; use 32 or less")
+    refused(tmp_path, source | {"batch_size": 48}, "batch_size 48 is larger than the 32 examples; use 32 or less")
     wrong = {"loss": kto.loss, "method": kto.Config()}
     refused(tmp_path, source | wrong, "kto: rows must hold one completion with its label, got 2")
     refused(tmp_path, {"evaluation": None, "keep_best_by": ("eval/loss", "min")}, "'eval/loss' needs an evaluation")
