@@ -131,7 +131,7 @@ def test_the_text_part_of_a_gemma_that_sees_images(prefix, tmp_path):
         load(tmp_path)
 
 
-@jax.jit(static_argnums=(0, 1), compiler_options=tiny.QUICK)
+@jax.jit(static_argnums=(0, 1))
 def logps_and_gradient(policy, mesh, params, batch):
     """Log-probs, and the gradient of their mean square."""
     with layout.on(mesh):
