@@ -37,7 +37,11 @@ class Study(study.Study):
     texts: reviews.Texts
     sft: bench.Training
     instruct: bench.Training  # with DPO, on other pairs than the study's
-    sizes: tuple[int, ...] = (32, 128, 512)  # pairs, multiples of the batch size
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of pairs seen at each look."""
+        return [number * self.training.batch_size for number in (*self.training.looks, self.training.num_steps)]
 
     def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
         begins, pairs = self.starts(start, seed)
@@ -57,7 +61,6 @@ class Study(study.Study):
                     seed=seed,
                     params=begins[place],
                     reference=reference,
-                    at=[size // self.training.batch_size for size in self.sizes],
                 )
                 for size, (params, _) in zip(self.sizes, trained, strict=True):
                     found[f"{at(place, size)}: {name}"] = start.of_samples(params)["reward"]
@@ -124,19 +127,17 @@ EXPERIMENT = Study(
     texts=reviews.Texts(num_reviews=1024, num_held_out=0, max_completion_tokens=32, label=1),
     sft=bench.Training(num_steps=96, batch_size=32, optimizer=optim.Config(learning_rate=2e-3, warmup_steps=5)),
     instruct=bench.Training(num_steps=16, batch_size=8, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),
-    training=bench.Training(num_steps=64, batch_size=8, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),
+    training=bench.Training(
+        num_steps=64, looks=(4, 16), batch_size=8, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)
+    ),
     smoke={
         "texts.num_reviews": 32,
-        "sft.num_steps": 2,
-        "sft.optimizer.warmup_steps": 1,
-        "instruct.num_steps": 2,
-        "instruct.optimizer.warmup_steps": 1,
-        "sizes": (8, 16),
+        "sft": bench.Training(num_steps=2, batch_size=8),
+        "instruct": bench.Training(num_steps=2, batch_size=8),
         "num_seeds": 2,
         "start.num_held_out": 8,
         "start.max_completion_tokens": 8,
-        "training.num_steps": 2,
-        "training.optimizer.warmup_steps": 1,
+        "training": bench.Training(num_steps=2, looks=(1,), batch_size=8),
     },
 )
 if __name__ == "__main__":

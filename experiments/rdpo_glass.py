@@ -30,7 +30,6 @@ class Study(study.Study):
     num_openings: int = 640  # a training pair of each whose samples differ
     num_test_openings: int = 128  # the same, to rank with clean labels
     num_completions: int = 4  # samples of an opening
-    early: int = 32  # updates before the first look
 
     def methods(self, rate: float) -> dict:
         return {
@@ -46,7 +45,7 @@ class Study(study.Study):
             noisy = flips.flip(train, rate, seed)
             for name, (loss, method) in self.methods(rate).items():
                 if rate > 0 or name == "DPO":  # without flips the three are one
-                    looks = start.fit(loss, method, noisy, self.training, seed=seed, at=(self.early,))
+                    looks = start.fit(loss, method, noisy, self.training, seed=seed)
                     numbers = {}
                     for when, (params, last) in zip(("early", "late"), looks, strict=True):
                         told = start.of_pairs(params, test)["rewards/accuracies"]
@@ -103,18 +102,15 @@ def at(name: str, rate: float) -> str:
 
 
 EXPERIMENT = Study(
-    training=bench.Training(num_steps=96, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),
+    training=bench.Training(num_steps=96, looks=(32,), optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),
     smoke={
         "flip_rates": (0.0, 0.4),
-        "early": 1,
         "num_openings": 32,
         "num_test_openings": 8,
         "num_seeds": 2,
         "start.num_held_out": 8,
         "start.max_completion_tokens": 8,
-        "training.batch_size": 8,
-        "training.num_steps": 2,
-        "training.optimizer.warmup_steps": 1,
+        "training": bench.Training(num_steps=2, looks=(1,), batch_size=8),
     },
 )
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,13 @@ class Training:
     """How every policy of a study is trained, full weights."""
 
     num_steps: int
+    looks: tuple[int, ...] = ()  # numbers of updates after which to measure, beside the last
     batch_size: int = 16  # examples in an update
     optimizer: optim.Config = dataclasses.field(default_factory=lambda: optim.Config(learning_rate=3e-4))
+
+    def __post_init__(self):
+        if list(self.looks) != sorted({n for n in self.looks if 0 < n < self.num_steps}):
+            raise ValueError(f"training: looks must ascend within 1 and {self.num_steps - 1}, got {self.looks}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,13 +109,12 @@ class Bench:
         seed: int,
         params: dict | None = None,
         reference: step.Reference = "online",
-        at: Sequence[int] = (),
     ) -> Iterator[tuple[dict, dict[str, float]]]:
         """Trains from `params` (the start, unless given), which are the reference too.
 
         Yields:
-            After each number of updates in `at`, and after the last: the parameters, which the next update uses up, and
-            the last update's metrics.
+            At each of the training's looks, and after the last update: the parameters, which the next update uses up,
+            and the update's metrics.
         """
         mesh, params = sharding.make_mesh(), self.params if params is None else params
         update, optimizer = _update(loss, method, self.policy, training, reference)
@@ -120,7 +124,7 @@ class Bench:
         for number in range(1, training.num_steps + 1):
             batch = sharding.place_batch(completed(method, next(batches)), mesh)
             state, metrics = update(state, ref_params, batch)
-            if number in (*at, training.num_steps):
+            if number in (*training.looks, training.num_steps):
                 yield state.params, {name: float(mean.value()) for name, mean in metrics.items()}
 
 
@@ -130,6 +134,17 @@ def buckets_of(examples: Sequence[Example]) -> Buckets:
 
 def batch_of(examples: Sequence[Example]) -> Batch:
     return collate(examples, buckets_of(examples))
+
+
+def select(openings: Sequence[Example], samples: Batch, places: Iterable[Sequence[int]]) -> list[Example]:
+    """An example of each (row, n, n, ...): the row's opening with these of its samples as completions, in order."""
+    return [
+        dataclasses.replace(
+            openings[row],
+            completions=tuple(samples.completion_tokens[row, n][samples.completion_mask[row, n]] for n in numbers),
+        )
+        for row, *numbers in places
+    ]
 
 
 def unpaired(pairs: Sequence[Example]) -> list[Example]:

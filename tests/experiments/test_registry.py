@@ -28,7 +28,8 @@ def python_m(*arguments):
 def begun(monkeypatch):
     """The runs that would begin, as (name, experiment, other arguments)."""
     found = []
-    monkeypatch.setattr(experiment, "run", lambda name, value, **others: found.append((name, value, others)))
+    for module in (experiment, study):
+        monkeypatch.setattr(module, "run", lambda name, value, **others: found.append((name, value, others)))
     return found
 
 
@@ -41,7 +42,7 @@ def command(monkeypatch, capsys, unchecked):
         monkeypatch.setitem(sys.modules, "__main__", module)
         code = None
         try:
-            registry.launch(module.EXPERIMENT, list(map(str, argv)))
+            (study if name in STUDIES else registry).launch(module.EXPERIMENT, list(map(str, argv)))
         except SystemExit as done:
             code = done.code
         printed = capsys.readouterr()
@@ -139,6 +140,28 @@ def test_smoke_is_smaller_and_can_be_overridden(command, begun, name):
     assert value.loop.num_steps < original.loop.num_steps
     assert value.model.source == ("" if name == "dpo_scratch" else "glassllm-en")  # or one that it makes itself
     assert (value.seed, original.seed) == (5, 0)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_has_a_command_line_too(command, begun, name):
+    command(name, "--smoke", "--num-seeds", 3, "--runs", "there")
+    ((_, value, others),) = begun
+    original = registry.get(name)
+    assert value == registry.override(original, original.smoke | {"num_seeds": 3})
+    assert value.training.num_steps < original.training.num_steps
+    assert others == {"root": Path("there"), "resume": None}
+    code, text = command(name, "--help")
+    assert code == 0
+    assert registry.about(name)[:60] in text
+    for line in (
+        "--num-seeds INT at least two",
+        "--training.num-steps INT",
+        "--start.model.source STR a packaged name",
+    ):
+        assert line in text
+    code, text = command(name, "--num-seeds=1")
+    assert code == 2
+    assert "num_seeds must be >= 2 for an interval, got 1" in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Trainings on a bench, on the tiny real model: what is measured at the start is known, and training moves it."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from experiments.study import bench
 from pjpo import optim
 from pjpo.methods import dpo, kto
 
-TRAINING = bench.Training(num_steps=6, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
+TRAINING = bench.Training(num_steps=6, looks=(1,), batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def test_the_start_has_moved_nowhere(start, pairs):
 
 
 def test_training_learns_its_pairs_from_the_start(start, pairs):
-    begun, (params, last) = start.fit(dpo.loss, dpo.Config(beta=0.1), pairs, TRAINING, seed=0, at=(1,))
+    begun, (params, last) = start.fit(dpo.loss, dpo.Config(beta=0.1), pairs, TRAINING, seed=0)
     assert begun[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert last["loss"] < 0.6
     assert start.of_pairs(params, pairs)["rewards/accuracies"] > 0.8
@@ -59,6 +57,12 @@ def test_a_pair_is_two_rows_of_kto(start, pairs):
     assert [row.labels for row in rows] == [(True,), (False,)] * len(pairs)
     np.testing.assert_array_equal(rows[1].completions[0], pairs[0].completions[1])
     ((_, last),) = start.fit(
-        kto.loss, kto.Config(beta=0.1), rows, dataclasses.replace(TRAINING, num_steps=1), seed=0, reference="online"
+        kto.loss, kto.Config(beta=0.1), rows, bench.Training(num_steps=1, batch_size=8), seed=0, reference="online"
     )
     assert last["loss"] == pytest.approx(0.5, abs=1e-5)  # policy and reference agree
+
+
+@pytest.mark.parametrize("looks", [(6,), (0,), (3, 2), (2, 2)])
+def test_looks_are_within_the_training(looks):
+    with pytest.raises(ValueError, match=r"looks must ascend within 1 and 5, got \("):
+        bench.Training(num_steps=6, looks=looks)
