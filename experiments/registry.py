@@ -134,5 +134,5 @@ def is_told(error: Exception) -> bool:
     while last.tb_next:
         last = last.tb_next
     code = last.tb_frame.f_code
-    ours = Path(pjpo.__file__).parent in Path(code.co_filename).parents
-    return isinstance(error, OSError) or (ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS")
+    ours = {Path(pjpo.__file__).parent, FOLDER} & set(Path(code.co_filename).parents)
+    return isinstance(error, OSError) or (bool(ours) and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS")
