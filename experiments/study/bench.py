@@ -109,12 +109,13 @@ class Bench:
         seed: int,
         params: dict | None = None,
         reference: step.Reference = "online",
+        at: Sequence[int] = (),
     ) -> Iterator[tuple[dict, dict[str, float]]]:
         """Trains from `params` (the start, unless given), which are the reference too.
 
         Yields:
-            At each of the training's looks, and after the last update: the parameters, which the next update uses up,
-            and the update's metrics.
+            At each of the training's looks, those in `at`, and after the last update: the parameters, which the next
+            update uses up, and the update's metrics.
         """
         mesh, params = sharding.make_mesh(), self.params if params is None else params
         update, optimizer = _update(loss, method, self.policy, training, reference)
@@ -124,7 +125,7 @@ class Bench:
         for number in range(1, training.num_steps + 1):
             batch = sharding.place_batch(completed(method, next(batches)), mesh)
             state, metrics = update(state, ref_params, batch)
-            if number in (*training.looks, training.num_steps):
+            if number in (*training.looks, *at, training.num_steps):
                 yield state.params, {name: float(mean.value()) for name, mean in metrics.items()}
 
 
