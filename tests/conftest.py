@@ -3,11 +3,11 @@
 import os
 import pathlib
 
+from tests.quick import FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both are read once, when jax is imported
-# Machine code is left unoptimised, which halves the time to compile, most of the time that tests take; what XLA itself
-# makes of a program is the same. Flags that are set already come last, and win.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+# Flags that are set already come last, and win.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jaxtyping
 

@@ -14,7 +14,8 @@ import pytest
 from pjpo import distributed, runs
 from tests.experiments.test_smoke import write_pairs
 from tests.models import tiny_llama
-from tests.test_experiment import FLAGS, Program
+from tests.quick import FLAGS
+from tests.test_experiment import Program
 from tests.test_step import METRICS_BOUND, PARAMS_BOUND
 
 SHORT = ["--loop.num-steps=20", "--loop.evaluate-every-steps=8", "--batch-size=8"]

@@ -26,11 +26,11 @@ from pjpo.evals.result import Result
 from pjpo.methods import kto
 from tests import tiny_run
 from tests.models import tiny_llama
+from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[1]
 LAST = tiny_run.EXPERIMENT.loop.num_steps
 # On one device, each compilation made once, and quickly: a start costs what importing costs.
-FLAGS = "--xla_backend_optimization_level=0"
 CACHED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
