@@ -14,7 +14,6 @@ import pytest
 from pjpo import distributed, runs
 from tests.experiments.test_smoke import write_pairs
 from tests.models import tiny_llama
-from tests.quick import FLAGS
 from tests.test_experiment import Program
 from tests.test_step import METRICS_BOUND, PARAMS_BOUND
 
@@ -35,7 +34,7 @@ class Hosts(Program):
     def processes(self, count, *arguments, devices=1, each=lambda number: []):
         """Started, `devices` in each; `each` gives further arguments for one."""
         port = free_port()
-        self.environment["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+        self.environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         if count == 1:
             return [self.start(*arguments, *each(0))]
         meeting = [f"--distributed.coordinator=localhost:{port}", f"--distributed.num-processes={count}"]
