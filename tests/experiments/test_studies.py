@@ -1,0 +1,84 @@
+"""What single studies measure, on the tiny real model: points of best-of-n, goals that are asked for, margins."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("vaderSentiment", reason="needs the extra 'rewards'")
+
+from experiments import frontier_glass, goals_glass, reward_hh
+from experiments.study import bench
+from pjpo import relabel
+from pjpo.data import preference
+from pjpo.experiment import Model
+from pjpo.rewards import vader
+from pjpo.types import CHOSEN, REJECTED
+from tests.experiments.test_smoke import write_pairs
+
+
+@pytest.fixture(scope="module")
+def start():
+    return bench.Config(num_held_out=6, num_completions=4, max_completion_tokens=8).load()
+
+
+def test_best_of_n_is_the_mean_of_the_best_and_of_one_the_mean(start):
+    rewards = start.rewards(start.sample(start.params, start.openings("held_out", 6), jax.random.key(0), 4))
+    one, _, four = frontier_glass.best_of(start)
+    assert one == pytest.approx({"reward": rewards.mean(), "kl": 0})
+    assert four == pytest.approx({"reward": rewards.max(1).mean(), "kl": np.log(4) - 3 / 4})
+
+
+def test_pairs_are_asked_for_the_score_of_the_one_that_is_chosen(start):
+    config = goals_glass.EXPERIMENT
+    rows = dataclasses.replace(config, num_openings=24).rows(start, 0)
+    assert rows
+    for row in rows:
+        texts = [start.tokenizer.decode([*row["opening"].prompt, *row[name]]) for name in ("chosen", "rejected")]
+        expected = np.rint(1 + 4.5 * (vader.reward(texts) + 1))
+        assert [row["score_chosen"], row["score_rejected"]] == expected.tolist()
+        assert expected[0] > expected[1]
+    first, second = relabel.relabel(rows[:1], goals_glass.SCALE)
+    assert (float(first["goal"]), float(second["goal"])) == (rows[0]["score_chosen"], rows[0]["score_rejected"])
+    example = goals_glass.example_of(second, goals_glass.ask(start, float(second["goal"])))
+    assert start.tokenizer.decode(example.prompt).startswith(f"{second['goal']} of 10\n\n")
+    np.testing.assert_array_equal(example.completions[CHOSEN], rows[0]["rejected"])
+    np.testing.assert_array_equal(example.completions[REJECTED], rows[0]["chosen"])
+
+
+def test_the_words_of_a_goal_are_not_scored(start, monkeypatch):
+    fixed = start.sample(start.params, start.openings("held_out", 6), jax.random.key(0), 4)
+
+    def sample(self, params, openings, key, num_completions):
+        prompts = np.stack([opening.prompt for opening in openings])
+        return dataclasses.replace(fixed, prompt_tokens=prompts, prompt_mask=np.ones(prompts.shape, bool))
+
+    monkeypatch.setattr(bench.Bench, "sample", sample)
+    praise = np.array(start.tokenizer.encode("great, wonderful, perfect "), np.int32)
+    assert goals_glass.reward(start, start.params, praise) == pytest.approx(start.rewards(fixed).mean())
+
+
+def test_rewards_of_pairs_from_files(tmp_path):
+    begin = reward_hh.Start(
+        model=Model(source="glassllm-en", scalar_head=True),
+        data=preference.Config(path=str(write_pairs(tmp_path / "pairs.jsonl")), num_held_out=8),
+        shifted=(str(write_pairs(tmp_path / "others.jsonl", seed=1)),),
+    )
+    pairs = begin.load()
+    assert (len(pairs.pairs), list(pairs.shifted)) == (40, ["others.jsonl"])
+    for name in (reward_hh.EXPLICIT, reward_hh.IMPLICIT):  # a new head, and the reference itself, have no opinion
+        margins = pairs.margins(name, pairs.params, pairs.pairs)
+        assert margins.shape == (40,)
+        assert reward_hh.accuracy(np.round(margins, 3)) == 0.5
+    drawn = np.random.default_rng(0).normal(size=pairs.policy.config.model_dim).astype(np.float32)
+    params = pairs.params | {"scalar_head": {"kernel": jax.numpy.asarray(drawn)}}
+    margins = pairs.margins(reward_hh.EXPLICIT, params, pairs.pairs)
+    scores = pairs.policy.scores(params, bench.batch_of(pairs.pairs[:8]))
+    np.testing.assert_allclose(margins[:8], scores[:, CHOSEN] - scores[:, REJECTED], atol=1e-4)
+    weights = pairs.params["params"]
+    changed = pairs.params | {"params": weights | {"embed": {"table": 0.5 * weights["embed"]["table"]}}}
+    batch = bench.batch_of(pairs.pairs[:8])
+    ratios = (pairs.policy.logps(changed, batch) - pairs.policy.logps(pairs.params, batch)).sum(-1)
+    margins = pairs.margins(reward_hh.IMPLICIT, changed, pairs.pairs)
+    np.testing.assert_allclose(margins[:8], ratios[:, CHOSEN] - ratios[:, REJECTED], atol=1e-3)
