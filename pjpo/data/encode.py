@@ -70,7 +70,7 @@ def encode(row: Row, place: str, tokenizer: Any, limits: Limits, tally: Tally) -
         masks = [mask[: len(completion)] for mask, completion in zip(masks, completions, strict=True)]
     if not all(completions) or not all(map(any, masks or ())):
         raise Skip("empty completion")
-    if len(completions) == 2 and completions[0] == completions[1]:  # a cut can make them so
+    if len(completions) > 1 and completions[0] == completions[1]:  # a cut can make them so
         raise Skip("identical completions")
     if row.labels is not None:
         notes += ["desirable" if label else "undesirable" for label in row.labels]

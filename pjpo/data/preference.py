@@ -7,4 +7,7 @@ from pjpo.data import files, rows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(files.Completions):
-    read_row = staticmethod(rows.preference)
+    with_target: bool = False  # the column `target` is a third completion: what SLiC-HF's likelihood term is of
+
+    def read_row(self, row):
+        return rows.preference(row, with_target=self.with_target)

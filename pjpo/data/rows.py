@@ -1,6 +1,7 @@
 """Rows in TRL's formats, as a prompt and its completions. Text and chat messages both stay as they are.
 
 - preference: `prompt`, `chosen`, `rejected`; without `prompt`, what the other two share at their start is the prompt.
+- preference with a target: `target` too, the completion of the prompt that SLiC-HF's likelihood term is of.
 - two whole dialogues of the HH data set: the prompt goes up to the last "\n\nAssistant:", which must be shared.
 - unpaired: `prompt`, `completion`, `label`: true where the completion is desirable.
 - supervised: `prompt`, `completion`; or `messages`, a chat; or a plain `text`, learned from its second token on.
@@ -34,17 +35,26 @@ class Row:
     labels: tuple[bool, ...] | None = None  # of each completion, whether it is desirable
 
 
-def preference(row: dict[str, Any]) -> Row:
-    """Completions are (chosen, rejected).
+def preference(row: dict[str, Any], *, with_target: bool = False) -> Row:
+    """Completions are (chosen, rejected), or (chosen, rejected, target).
+
+    Args:
+        row: the columns.
+        with_target: whether there is a third completion, `target`, that a method imitates; then `prompt` is needed.
 
     Raises:
         ValueError: columns are missing or hold something else than text or messages.
         Skip: the pair says nothing, or not what its prompt is.
     """
-    fields = _take(row, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+    if with_target:
+        fields = _take(row, ("prompt", "chosen", "rejected", "target"))
+    else:
+        fields = _take(row, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     prompt, chosen, rejected = fields.get("prompt"), fields["chosen"], fields["rejected"]
     if chosen == rejected:
         raise Skip("identical completions")
+    if with_target:
+        return _checked(row, fields, prompt, chosen, rejected, fields["target"])
     # A text beside two chats is a copy of what they share.
     if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
         prompt, chosen, rejected = _split_prompt(chosen, rejected)

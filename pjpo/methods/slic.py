@@ -1,7 +1,8 @@
 """Sequence Likelihood Calibration with human feedback (SLiC-HF). Zhao et al. 2023, arXiv:2305.10425.
 
-Departures: none. The likelihood term is of the fine-tuning target, which is a third completion of the prompt, not of
-the chosen completion.
+Departures: none. The likelihood term is of the fine-tuning target, a third completion of the prompt, not of the chosen
+one: `preference.Config(with_target=True)` reads it from the column `target`. Where pairs come without targets, let the
+column repeat what is to be imitated.
 """
 
 import dataclasses

@@ -2,12 +2,14 @@ import json
 import tracemalloc
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from pjpo.data import preference, prompts, supervised, unpaired
 from pjpo.data.buckets import Buckets, collate
+from pjpo.methods import slic
 from tests.data.fakes import ByteTokenizer, write_rows
 
 CONTEXT = SimpleNamespace(tokenizer=ByteTokenizer())
@@ -47,6 +49,25 @@ def test_pairs_come_with_an_account_of_every_row(tmp_path):
     json.dumps(data.counts)
     assert "skipped, identical completions: 2 (rows.jsonl.gz:2, rows.jsonl.gz:7)\n" in data.about
     assert "encoding differ: 1 (rows.jsonl.gz:5)\n" in data.about
+
+
+def test_a_target_is_a_third_completion(tmp_path):
+    row = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
+    rows = [row | {"target": " Because."}, row | {"target": ""}, row | {"target": " So."}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = preference.Config(path=path, with_target=True).build(CONTEXT)
+    assert [len(example.completions) for example in data.train] == [3, 3]
+    assert bytes(data.train[0].completions[2][:-1].tolist()) == b" Because."
+    assert data.counts["skipped, empty completion"] == 1
+    batch = collate(data.train, Buckets.of(data.train))
+    mean, _ = slic.loss(slic.Config(margin=1.0, nll_weight=0.5), batch, -jnp.float32(batch.completion_mask), None)
+    # Every token costs a nat: " So." and " No." are as likely as each other, targets have 10 and 5 tokens.
+    np.testing.assert_allclose(mean.value(), 1 + 0.5 * (10 + 5) / 2, rtol=1e-6)
+    (without,) = preference.Config(path=path, num_rows=1).build(CONTEXT).train
+    assert (len(without.completions), without.columns) == (2, {"target": " Because."})
+    bare = write_rows(tmp_path / "bare.jsonl", [row])
+    with pytest.raises(ValueError, match="needed: prompt, chosen, rejected, target"):
+        preference.Config(path=bare, with_target=True).build(CONTEXT)
 
 
 def test_only_the_first_places_are_listed(tmp_path):
