@@ -20,7 +20,7 @@ EXPERIMENT = Experiment(
     loss=dpo.loss,
     method=dpo.Config(beta=0.1),
     model=Model(source="smollm2-135m-instruct", lora=lora.Config(rank=8)),
-    data=reviews.SampledPairs(num_openings=256, num_held_out=64),
+    data=reviews.SampledPairs(num_openings=256, num_held_out=64, num_held_out_pairs=16, sampling_batch_size=16),
     evaluation=sentiment.Config(num_completions=4),
     optimizer=optim.Config(learning_rate=3e-4, warmup_steps=10, schedule="linear"),
     loop=train.Loop(num_steps=90, log_every_steps=2, evaluate_every_steps=30, checkpoint_every_steps=30),

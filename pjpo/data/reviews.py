@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 
 from pjpo import rollouts
@@ -119,7 +120,8 @@ class SampledPairs:
     """
 
     num_openings: int = 256  # to sample training pairs from
-    num_held_out: int = 64  # to evaluate on; prompts only
+    num_held_out: int = 64  # to evaluate on
+    num_held_out_pairs: int = 32  # of these, those that get pairs too, for diagnostics; the other ones are prompts only
     opening_tokens: int = 8
     num_completions: int = 4  # samples that are ranked, >= 2
     max_completion_tokens: int = 32
@@ -132,6 +134,7 @@ class SampledPairs:
         least = {
             "num_openings": 1,
             "num_held_out": 0,
+            "num_held_out_pairs": 0,
             "opening_tokens": 1,
             "num_completions": 2,
             "sampling_batch_size": 1,
@@ -153,6 +156,8 @@ class SampledPairs:
             use: openings(reviews, use, number, self.opening_tokens, encode, seed=self.seed)
             for use, number in (("train", self.num_openings), ("held_out", self.num_held_out))
         }
+        # Training comes first: its samples do not depend on how many others follow.
+        asked = [*sources["train"], *sources["held_out"][: self.num_held_out_pairs]]
         sampling = Sampling(
             num_completions=self.num_completions,
             max_completion_tokens=self.max_completion_tokens,
@@ -162,7 +167,7 @@ class SampledPairs:
         samples = rollouts.rollouts(
             context.policy,
             context.params,
-            [source.prompt for source in sources["train"]],
+            [source.prompt for source in asked],
             context.key,
             sampling,
             batch_size=self.sampling_batch_size,
@@ -171,6 +176,10 @@ class SampledPairs:
         scores = vader.reward(list(itertools.chain(*rollouts.texts(samples, context.tokenizer))))
         scores = scores.reshape(samples.completion_tokens.shape[:2])
         pairs, counts = self.rank(sources["train"], samples, scores)
+        others = slice(self.num_openings, None)
+        ranked, _ = self.rank(asked[others], jax.tree.map(lambda x: x[others], samples), scores[others])
+        paired = {pair.id: pair for pair in ranked}
+        held_out = [paired.get(opening.id, opening) for opening in sources["held_out"]]
         if not pairs:
             raise ValueError(
                 f"sampled pairs: none of {self.num_openings} openings gave a pair ({counts}); raise num_completions or "
@@ -179,7 +188,7 @@ class SampledPairs:
         margin = np.mean([np.ptp(pair.columns["rewards"]) for pair in pairs])
         sampled = f"{self.num_openings} openings x {self.num_completions} samples"
         about = f"{len(pairs)} pairs from {sampled}, best against worst by VADER, {margin:.2f} apart on average"
-        return Data(train=pairs, held_out=sources["held_out"], counts=counts, about=about, sampled=True)
+        return Data(train=pairs, held_out=held_out, counts=counts, about=about, sampled=True)
 
     def rank(
         self, sources: Sequence[Example], samples: Batch, scores: np.ndarray

@@ -6,15 +6,43 @@ Sums of log-probs over completions [n, 2], (chosen, rejected), in nats. Metric n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from pjpo import distributed
+from pjpo.data.batches import in_order
+from pjpo.data.examples import Example
 from pjpo.evals import ranking
+from pjpo.logps import sum_completion
 from pjpo.types import CHOSEN, REJECTED, Batch
 
 Sums = Float[np.ndarray, "n 2"]
 Lengths = Int[np.ndarray, "n 2"]
+
+
+def build(context, pairs: Sequence[Example], batch_size: int) -> Callable:
+    """A function (params, ref_params) -> (metrics, sentences) of pairs of token ids, `batch_size` scored together.
+
+    The reference is taken to stay as it is in the first call.
+    """
+    batches = [context.prepare(batch) for batch in in_order(pairs, batch_size, context.buckets)]
+    lengths = np.array([[len(completion) for completion in pair.completions] for pair in pairs])
+    found: list[np.ndarray] = []  # of the reference
+
+    def sums(params: dict) -> np.ndarray:
+        parts = [sum_completion(context.policy.logps(params, batch), batch.loss_mask) for batch in batches]
+        return np.concatenate(distributed.fetch(parts))[: len(pairs)]
+
+    def evaluate(params: dict, ref_params: dict) -> tuple[dict[str, float], dict[str, str]]:
+        if not found:
+            found.append(sums(ref_params))
+        logps, (ref_logps,) = sums(params), found
+        metrics = of_pairs(getattr(context.method, "beta", 1.0), logps, ref_logps, lengths)
+        return metrics, {"displacement": displacement(logps, ref_logps)}
+
+    return evaluate
 
 
 def of_pairs(beta: float | int, logps: Sums, ref_logps: Sums, lengths: Lengths) -> dict[str, float]:

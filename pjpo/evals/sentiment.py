@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from pjpo import distributed, rollouts
+from pjpo import distributed, rollouts, sharding
 from pjpo.data import reviews
+from pjpo.evals import panel
 from pjpo.evals.result import Result
 from pjpo.rewards import vader
 from pjpo.rewards.judge import SHORT, Judge
@@ -34,6 +35,7 @@ class Config:
     num_completions: int = 4  # of each held-out opening
     max_completion_tokens: int = 32
     batch_size: int = 32  # openings sampled and scored together
+    pairs_batch_size: int = 8  # held-out pairs scored together; with that of training nothing more has to be compiled
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -48,21 +50,30 @@ class Config:
         judge = Judge.train([review.text for review in known], [review.label for review in known])
         rates = f"{judge.accuracy:.0%} of held-out reviews, {judge.short_accuracy:.0%} by their first {SHORT} words"
         context.say(f"judge: right on {rates}")
-        return Evaluation(self, context, [opening.prompt for opening in data.held_out], judge.reward)
+        pairs = [opening for opening in data.held_out if len(opening.completions) == 2]
+        on_pairs = None
+        if pairs:
+            sharding.check_batch(context.mesh, self.pairs_batch_size, name="evaluation.pairs_batch_size")
+            on_pairs = panel.build(context, pairs, self.pairs_batch_size)
+        return Evaluation(self, context, [opening.prompt for opening in data.held_out], judge.reward, on_pairs)
 
 
 class Evaluation:
     """Samples, scores, measures. Openings and keys stay the same, so a difference between calls is the policy's."""
 
-    def __init__(self, config: Config, context, prompts: Sequence[np.ndarray], judge: Callable):
+    def __init__(
+        self, config: Config, context, prompts: Sequence[np.ndarray], judge: Callable, on_pairs: Callable | None = None
+    ):
         self.config, self.policy, self.tokenizer = config, context.policy, context.tokenizer
         self.prompts, self.judge = prompts, judge  # judge: texts to scores
+        self.on_pairs = on_pairs  # from `panel.build`
         self.key = jax.random.fold_in(context.key, zlib.crc32(b"sentiment"))  # the key itself may have sampled the data
 
     def __call__(self, params, ref_params, *, title: str = "evaluating") -> Result:
         """Rewards as their scorers give them, KL in nats per completion, lengths in tokens; `_stderr` is over openings.
 
-        `kl` is the mean over samples of the log-ratio of the whole completion, an unbiased estimate of the sequence KL.
+        `kl` is the mean over samples of the log-ratio of the whole completion, an unbiased estimate of the sequence KL;
+        `entropy` is in nats per token. Where pairs are held out, their panel is among the metrics, see `panel`.
 
         Raises:
             ValueError: no reference to measure the KL to.
@@ -83,10 +94,10 @@ class Evaluation:
             "reward_vader": vader.reward(flat).reshape(shape),
             "reward_judge": self.judge(flat).reshape(shape),
         }
-        logratios = batch.old_logps - self._logps(ref_params, batch)  # [B, N, T], 0 where there is no token
         metrics = {}
-        for name, values in {**rewards, "kl": logratios.sum(-1)}.items():
+        for name, values in rewards.items():
             metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr(values)
+        metrics |= panel.of_samples(batch, self._logps(ref_params, batch))
         metrics["distinct_2"] = distinct(batch.completion_tokens, batch.completion_mask)
         metrics["mean_length"] = float(batch.completion_mask.sum(-1).mean())
         samples = [  # for each opening its first completion
@@ -97,7 +108,11 @@ class Evaluation:
             }
             for row, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True))
         ]
-        return Result(metrics=metrics, samples=samples, best_of=best_of(rewards))
+        words = {}
+        if self.on_pairs:
+            of_pairs, words = self.on_pairs(params, ref_params)
+            metrics |= of_pairs
+        return Result(metrics=metrics, samples=samples, best_of=best_of(rewards), words=words)
 
     def _logps(self, params, batch: Batch) -> Float[np.ndarray, "B N T"]:
         """As many rows at a time as were sampled together, the last ones filled up with copies: one shape."""

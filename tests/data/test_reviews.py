@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import types
 import zlib
@@ -138,11 +139,14 @@ def few_reviews(monkeypatch):
 @needs_vader
 @pytest.mark.usefixtures("few_reviews")
 def test_the_best_sample_is_chosen_and_the_worst_rejected(tmp_path):
-    config = reviews.SampledPairs(num_openings=10, num_held_out=5, num_completions=3, max_completion_tokens=2)
+    config = reviews.SampledPairs(
+        num_openings=10, num_held_out=5, num_held_out_pairs=3, num_completions=3, max_completion_tokens=2
+    )
     data = config.build(context(Parrot(2, 3, 1)))
     assert [[c.tolist() for c in pair.completions] for pair in data.train] == [[[1], [3]]] * 10
-    assert len(data.held_out) == 5
-    assert all(example.completions == () for example in data.held_out)
+    held_out = [[c.tolist() for c in opening.completions] for opening in data.held_out]
+    assert held_out == [[[1], [3]]] * 3 + [[]] * 2
+    assert not {pair.id for pair in data.train} & {opening.id for opening in data.held_out}
     assert data.counts == {"tied": 0}
     assert data.sampled
     saved.save(tmp_path / "pairs.jsonl", data)
@@ -205,6 +209,8 @@ def test_a_real_policy_gives_pairs_that_follow_the_key():
     first = pairs(0)
     assert first == pairs(0)
     assert first != pairs(1)
+    config = dataclasses.replace(config, num_held_out_pairs=0)
+    assert first == pairs(0)  # whoever is sampled beside them
 
 
 @pytest.mark.usefixtures("few_reviews")

@@ -1,9 +1,15 @@
 """The diagnostics of pairs and samples against numbers by hand."""
 
+import types
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjpo.data.buckets import Buckets
+from pjpo.data.examples import Example
 from pjpo.evals import panel
+from pjpo.methods import dpo
 from pjpo.types import Batch
 
 REF = np.array([[-10.0, -8.0], [-6.0, -7.0], [-5.0, -5.0], [-9.0, -4.0]])
@@ -84,3 +90,21 @@ def test_kl_and_entropy_of_samples():
     np.testing.assert_allclose(found["kl"], (1.5 + 0.2) / 2)
     np.testing.assert_allclose(found["kl_stderr"], 1.3 / 2)
     np.testing.assert_allclose(found["entropy"], 3.5 / 3)
+
+
+def test_pairs_of_tokens_are_summed_one_by_one():
+    """Three pairs, two at a time, under made-up models: log-probs are minus a multiple of the token ids."""
+    rows = [((1, 2), (3,)), ((2,), (2, 2)), ((5,), (1,))]
+    pairs = [
+        Example(np.array([9], np.int32), tuple(np.array(ids, np.int32) for ids in row), {}, str(i))
+        for i, row in enumerate(rows)
+    ]
+    policy = types.SimpleNamespace(logps=lambda params, batch: jnp.float32(-params["nats"] * batch.completion_tokens))
+    context = types.SimpleNamespace(
+        policy=policy, method=dpo.Config(beta=0.5), prepare=lambda batch: batch, buckets=Buckets.of(pairs)
+    )
+    metrics, words = panel.build(context, pairs, 2)({"nats": 2.0}, {"nats": 1.0})
+    sums = np.array([[-3, -3], [-2, -4], [-5, -1]], np.float64)
+    expected = panel.of_pairs(0.5, 2 * sums, sums, np.array([[2, 1], [1, 2], [1, 1]]))
+    assert metrics == pytest.approx(expected)
+    assert words == {"displacement": panel.displacement(2 * sums, sums)}

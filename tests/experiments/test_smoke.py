@@ -28,10 +28,10 @@ DPO = {"loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"} 
 }  # TRL's names, letter for letter
 
 
-def write_pairs(path):
+def write_pairs(path, seed=0):
     """Rows of HH's two columns, of words that the tiny model knows."""
     words = ["Alice", "Rabbit", "Queen", "looked", "said", "thought", "garden", "little", "door", "never", "tea"]
-    rng = random.Random(0)
+    rng = random.Random(seed)
 
     def text(count):
         return " ".join(rng.choices(words, k=count))
@@ -47,7 +47,8 @@ class Smoke:
     """A finished smoke run: its folder, what it printed, the processor time it took."""
 
     def __init__(self, name, root):
-        arguments = ["--data.path", write_pairs(root / "pairs.jsonl")] if name == "dpo_hh" else []
+        arguments = ["--data.path", write_pairs(root / "pairs.jsonl")] if name.endswith("_hh") else []
+        arguments += ["--shifted", write_pairs(root / "others.jsonl", seed=1)] if name == "reward_hh" else []
         command = [sys.executable, "-m", f"experiments.{name}", "--smoke", "--runs", root / "runs", *arguments]
         environment = os.environ | {"XLA_FLAGS": ""}  # one device
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -160,6 +161,12 @@ def test_the_sentiment_study_is_summed_up(smoke, name):
         assert steps.tolist() == [0, 3, 6]
         assert (values[0], values[-1]) == (summary[f"start/{name}"], summary[f"eval/{name}"])
     assert summary["start/kl"] == pytest.approx(0, abs=1e-3)
+    steps, margins = done.run.metrics["eval/rewards/margins"]  # the panel, on pairs that were never trained on
+    assert steps.tolist() == [0, 3, 6]
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert margins[-1] != 0
+    assert {f"eval/{name}" for name in ("ranking/accuracy", "logps/chosen_change", "entropy")} <= summary.keys()
+    assert "nats a completion" in summary["displacement"]
     rewards = [summary[f"best_of/{num}/reward_vader"] for num in (1, 2, 4)]
     assert rewards == sorted(rewards)
     assert rewards[0] == pytest.approx(summary["start/reward_vader"])
