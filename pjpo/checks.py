@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def positive(config: Any, *fields: str) -> None:
     """
@@ -53,7 +55,7 @@ def one_of(config: Any, field: str, allowed: Iterable[str]) -> None:
     _check(config, field, getattr(config, field) in allowed, f"one of {', '.join(allowed)}")
 
 
-def _check(config: Any, field: str, good: bool, allowed: str, way_out: str = "") -> None:
+def _check(config: Any, field: str, good: bool | np.bool_, allowed: str, way_out: str = "") -> None:
     if not good:
         place = type(config).__module__.rpartition(".")[2]
         hint = f"; {way_out}" if way_out else ""

@@ -25,6 +25,7 @@ from pjpo.data.buckets import Buckets, collate
 from pjpo.evals.result import Result
 from pjpo.methods import kto
 from tests import tiny_run
+from tests.experiments.test_registry import EXPERIMENTS, STUDIES
 from tests.models import tiny_llama
 from tests.quick import FLAGS
 
@@ -263,7 +264,7 @@ def test_another_folder_is_refused_and_nothing_in_it_changes(tmp_path, alone):
     assert content() == before
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_settings_come_back_from_the_folder(name, tmp_path):
     original = registry.get(name)
     changed = registry.override(original, {"method.beta": 0.7} if hasattr(original.method, "beta") else {})
@@ -274,6 +275,16 @@ def test_settings_come_back_from_the_folder(name, tmp_path):
     folder = runs.create(tmp_path, name, experiment.describe(changed))
     assert experiment.recall(original, runs.read(folder.path).config) == changed
     assert experiment.describe(original) != experiment.describe(changed)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_settings_of_a_study_come_back_from_the_folder(name, tmp_path):
+    original = registry.get(name)
+    changed = registry.override(
+        original, {"num_seeds": 7, "training.num_steps": 99, "training.optimizer.max_grad_norm": float("inf")}
+    )
+    folder = runs.create(tmp_path, name, experiment.describe(changed))
+    assert experiment.recall(original, runs.read(folder.path).config) == changed
 
 
 def test_a_reference_without_adapters_is_refused(tmp_path):

@@ -156,7 +156,7 @@ def test_a_study_has_a_command_line_too(command, begun, name):
     for line in (
         "--num-seeds INT at least two",
         "--training.num-steps INT",
-        "--start.model.source STR a packaged name",
+        "model.source STR a packaged name",
     ):
         assert line in text
     assert command(name, "--num-seeds=1")[0] == "study: num_seeds must be >= 2 for an interval, got 1"
