@@ -3,6 +3,7 @@
 TPU programs are compiled where libtpu is installed (`pip install -e '.[tpu]'`, 200 MB) and skipped where it is not.
 """
 
+import json
 import math
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from pjpo import plan, sharding
 from pjpo.methods import dpo, sft
-from pjpo.models import decoder
+from pjpo.models import attention, decoder
 from pjpo.plan import __main__ as command
 from pjpo.plan import chips, shapes
 from pjpo.plan.program import Collective, Program
@@ -172,19 +173,44 @@ def make_work(model, method, mesh, tokens) -> plan.Work:
     )
 
 
+def layer_weights(c: decoder.Config) -> int:
+    heads = c.model_dim * c.head_dim * (c.num_kv_heads * (c.heads_of_kv + 2) + c.num_heads)
+    return heads + 3 * c.model_dim * c.mlp_dim
+
+
+def prompt_scores(work: plan.Work) -> int:
+    """Of prompts with themselves: a query meets the keys up to the end of its own block."""
+    length = work.prompt_tokens
+    block = max(attention.MIN_BLOCK, math.ceil(length / attention.NUM_BLOCKS))
+    return work.batch_size * sum(min(length, (t // block + 1) * block) for t in range(length))
+
+
 def update_flops(work: plan.Work) -> int:
     """By hand: 2 for each weight and position that meet, and for each query and key, seen or masked, twice."""
     c = work.model
-    weights = c.model_dim * c.head_dim * (c.num_kv_heads * (c.heads_of_kv + 2) + c.num_heads)
-    weights += 3 * c.model_dim * c.mlp_dim
     completions = work.batch_size * work.num_completions * work.completion_tokens
     positions = work.batch_size * work.prompt_tokens + completions
-    scores = work.batch_size * work.prompt_tokens**2 + completions * (work.prompt_tokens + work.completion_tokens)
-    layers = c.num_layers * (2 * positions * weights + 4 * scores * c.num_heads * c.head_dim)
+    scores = prompt_scores(work) + completions * (work.prompt_tokens + work.completion_tokens)
+    layers = c.num_layers * (2 * positions * layer_weights(c) + 4 * scores * c.num_heads * c.head_dim)
     forward = layers + 2 * completions * c.model_dim * c.vocab_size
     # The backward pass repeats the forward one, but for each layer's last product, and has two products for each.
     again = forward - c.num_layers * 2 * positions * c.mlp_dim * c.model_dim
     return forward + again + 2 * forward + (work.reference == "online") * forward
+
+
+def layer_kernels(work: plan.Work, mesh) -> list[tuple[int, ...]]:
+    """Shapes of one layer's kernels, as they are gathered for use."""
+    c = work.model
+    heads = c.num_kv_heads // mesh.shape["model"], c.heads_of_kv + 2, c.head_dim
+    mlp = c.mlp_dim // mesh.shape["model"]
+    out = heads[0], c.heads_of_kv, c.head_dim, c.model_dim
+    return [(c.model_dim, *heads), out, (c.model_dim, 2, mlp), (mlp, c.model_dim)]
+
+
+def assert_no_stack_is_gathered(work: plan.Work, mesh, program: Program) -> None:
+    stacks = [(work.model.num_layers, *kernel) for kernel in layer_kernels(work, mesh)]
+    for array in program.arrays():
+        assert array.shape not in stacks, f"the whole stack: {array}"
 
 
 def assert_is_well_made(work: plan.Work, mesh, cost: plan.Cost, rounding: float = 1e-12) -> None:
@@ -196,14 +222,9 @@ def assert_is_well_made(work: plan.Work, mesh, cost: plan.Cost, rounding: float 
     for array in program.arrays():
         if vocabulary & set(array.shape) and not widths & set(array.shape):
             assert math.prod(array.shape) <= c.head_block_numbers < rows * min(vocabulary), array
-    heads = c.num_kv_heads // mesh.shape["model"], c.heads_of_kv + 2, c.head_dim
-    mlp = c.mlp_dim // mesh.shape["model"]
-    out = heads[0], c.heads_of_kv, c.head_dim, c.model_dim
-    kernels = [(c.model_dim, *heads), out, (c.model_dim, 2, mlp), (mlp, c.model_dim)]
-    for array in program.arrays():
-        assert not any(array.shape == (c.num_layers, *kernel) for kernel in kernels), f"the whole stack: {array}"
+    assert_no_stack_is_gathered(work, mesh, program)
     if mesh.shape["data"] == 1:  # gradients are summed straight into the parts that devices keep
-        smallest = 4 * min(map(math.prod, kernels))
+        smallest = 4 * min(map(math.prod, layer_kernels(work, mesh)))
         sums = [x for x in program.collectives if x.kind == "all-reduce" and x.devices == mesh.shape["fsdp"]]
         assert all(x.bytes < smallest for x in sums), sums
     assert program.flops == pytest.approx(update_flops(work) / mesh.size, rel=rounding)
@@ -212,7 +233,7 @@ def assert_is_well_made(work: plan.Work, mesh, cost: plan.Cost, rounding: float 
 @pytest.mark.parametrize(("method", "name"), [*(("dpo", name) for name in MESHES), ("sft", "all")])
 def test_updates_on_cpu_devices(method, name, capfd):
     mesh = sharding.make_mesh(MESHES[name])
-    work = make_work(SMALL, method, mesh, tokens=64)
+    work = make_work(SMALL, method, mesh, tokens=192)  # prompts of two blocks, the second shorter
     cost = plan.of_update(work, mesh, None)
     assert_is_well_made(work, mesh, cost)
     assert "rematerialization" not in capfd.readouterr().err  # the partitioner's way to say that it gave up
@@ -260,20 +281,35 @@ def test_updates_on_tpu_slices(topology, mesh, method, capfd):
     assert "rematerialization" not in capfd.readouterr().err
 
 
+def generation_flops(work: plan.Work) -> int:
+    """By hand: prompts once, without the head, then a token of each completion after the other."""
+    c = work.model
+    prompts, sequences = work.batch_size * work.prompt_tokens, work.batch_size * work.num_completions
+    heads = c.num_heads * c.head_dim
+    prefill = c.num_layers * (2 * prompts * layer_weights(c) + 4 * prompt_scores(work) * heads)
+    keys = work.prompt_tokens + work.completion_tokens
+    token = c.num_layers * (2 * layer_weights(c) + 4 * keys * heads) + 2 * c.model_dim * c.vocab_size
+    return prefill + work.completion_tokens * sequences * token
+
+
 def test_a_generation_step():
     mesh = sharding.make_mesh(MESHES["all"])
     work = make_work(SMALL, "dpo", mesh, tokens=16)
-    cost = plan.of_generation(work, mesh, None)
-    c = work.model
-    weights = c.model_dim * c.head_dim * (c.num_kv_heads * (c.heads_of_kv + 2) + c.num_heads)
-    weights += 3 * c.model_dim * c.mlp_dim
-    sequences = work.batch_size * work.num_completions
-    heads = c.num_heads * c.head_dim
-    prefill = c.num_layers * work.batch_size * (2 * 16 * weights + 4 * 16**2 * heads)
-    token = (
-        c.num_layers * sequences * (2 * weights + 4 * (16 + 16) * heads) + 2 * sequences * c.model_dim * c.vocab_size
-    )
-    assert cost.flops == (prefill + 16 * token) / mesh.size
+    assert plan.of_generation(work, mesh, None).flops == generation_flops(work) / mesh.size
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:2x4", "fsdp"), ("v5p:2x2x2", "fsdp, model")])
+def test_generation_on_tpu_slices(topology, mesh):
+    if not chips.has_compiler():
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    chip, devices = chips.devices(topology)
+    mesh = sharding.make_mesh(MESHES[mesh], devices)
+    work = make_work(MIDDLE, "dpo", mesh, tokens=512)
+    cost = plan.of_generation(work, mesh, chip)
+    assert cost.fits
+    assert cost.flops == pytest.approx(generation_flops(work) / mesh.size, rel=0.02)
+    assert_no_stack_is_gathered(work, mesh, cost.program)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -287,6 +323,53 @@ def test_the_command_prints_a_plan(capsys):
     printed = capsys.readouterr().out
     for words in ("cpu:8, 8 devices: data=4, fsdp=2, model=1", "update: memory", "optimizer", "all-gather"):
         assert words in printed
+
+
+LLAMA_70B = {  # its config.json, but for how its rotations are scaled, which costs nothing
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 131072,
+    "model_type": "llama",
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+
+
+def test_a_folder_needs_no_more_than_its_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    mesh = sharding.make_mesh(sharding.Config(data=1, fsdp=8))
+    of_folder, of_name = (
+        command.work_of(command.parse([model, "--topology", "cpu:8"]), mesh)
+        for model in (str(tmp_path), "Llama-3.1-70B")
+    )
+    assert of_folder == of_name
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (None, "has no config.json"),
+        ("[]", "config.json holds no JSON object"),
+        (json.dumps(LLAMA_70B | {"model_type": "mamba"}), "model_type 'mamba' is not supported, allowed: llama"),
+        (json.dumps(LLAMA_70B | {"num_hidden_layers": -1}), "num_hidden_layers"),
+    ],
+)
+def test_a_folder_that_says_nothing_to_plan_for_is_refused_in_one_line(tmp_path, stored, message):
+    if stored is not None:
+        (tmp_path / "config.json").write_text(stored)
+    with pytest.raises(SystemExit) as error:
+        command.main([str(tmp_path), "--topology", "cpu:8"])
+    assert str(tmp_path) in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,8 @@ def read(folder: Path) -> Checkpoint:
         FileNotFoundError: a file of the folder that is missing.
         ValueError: a damaged file, another architecture, or a setting that the decoder lacks.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; a model's folder holds config.json, model.safetensors and tokenizer.json"
-        )
-    path = folder / "config.json"
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch it again")
-    config = families.from_config_json(stored, path)
+    stored = _config_json(folder)
+    config = families.from_config_json(stored, folder / "config.json")
     files = {name: path for path in _files(folder) for name in _tensor_names(path)}
     shown = _text_part(files) if stored["model_type"] == "gemma3" else {name: name for name in files}
 
@@ -51,6 +44,23 @@ def read(folder: Path) -> Checkpoint:
         adjacent_pairs=False,
         tokenizer=Tokenizer.from_folder(folder),
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of `decoder.Config` by the folder's config.json, which is all that need be there. Raises as `read`."""
+    return families.from_config_json(_config_json(folder), folder / "config.json")
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json; a model's folder holds config.json, model.safetensors and tokenizer.json"
+        )
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch it again")
+    return stored
 
 
 def _text_part(names: Iterable[str]) -> dict[str, str]:

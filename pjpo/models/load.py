@@ -77,6 +77,16 @@ def config(source: str | Path, **settings: Any) -> decoder.Config:
     return _describe(source, settings)[1]
 
 
+def shape(source: str | Path, **settings: Any) -> decoder.Config:
+    """The same for a model that may not be here yet: of a Hugging Face folder, config.json is all that is read."""
+    path, _ = _reader(source)
+    if not path.is_dir():
+        return config(source, **settings)
+    _check_settings(settings)
+    with _blaming(path):
+        return _config(path, huggingface.read_config(path), settings)
+
+
 def tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer alone, of what `load` would load; no weight is read. Raises as `load` does."""
     return _describe(source, {})[0].tokenizer
@@ -87,14 +97,18 @@ def _describe(source: str | Path, settings: dict[str, Any]) -> tuple[weights.Che
     _check_settings(settings)
     with _blaming(path):
         checkpoint = read(path)
-        if checkpoint.config.get("scalar_head") and settings.get("scalar_head") is False:
-            raise ValueError(
-                f"{path} is a reward model (score.weight in the place of a language head) where a language model is "
-                "expected; give the model that it was trained from, or set scalar_head to use it for scores"
-            )
-        config = decoder.Config(**checkpoint.config | settings)
+        config = _config(path, checkpoint.config, settings)
         _check_sizes(checkpoint, config)
     return checkpoint, config
+
+
+def _config(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> decoder.Config:
+    if found.get("scalar_head") and settings.get("scalar_head") is False:
+        raise ValueError(
+            f"{path} is a reward model (score.weight in the place of a language head) where a language model is "
+            "expected; give the model that it was trained from, or set scalar_head to use it for scores"
+        )
+    return decoder.Config(**found | settings)
 
 
 def _reader(source: str | Path) -> tuple[Path, Callable[[Path], weights.Checkpoint]]:

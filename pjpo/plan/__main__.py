@@ -25,7 +25,7 @@ from pjpo.plan.chips import GIB
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    model: tyro.conf.Positional[str]  # a packaged name, a Hugging Face folder, a .gguf file, or a public model's shape
+    model: tyro.conf.Positional[str]  # packaged, a folder with config.json, a .gguf file, or a shape: Llama-3.1-8B
     topology: str  # v5e, v5p or v6e and its chips along each axis, as in v5p:4x4x4; or cpu:8
     experiment: str | None = None  # take what follows from an experiment, and its method
     program: Literal["both", "update", "generation"] = "both"
@@ -69,7 +69,7 @@ def work_of(options: Options, mesh: jax.sharding.Mesh) -> plan.Work:
     if options.model in shapes.SHAPES:
         config = models.decoder.Config(**shapes.SHAPES[options.model] | settings)
     else:
-        config = models.config(options.model, **settings)
+        config = models.shape(options.model, **settings)
     names = [field.name for field in dataclasses.fields(plan.Work) if field.name not in ("model", "batch_size")]
     batch_size = options.batch_size or sharding.num_batch_parts(mesh) * options.num_microbatches
     return plan.Work(model=config, batch_size=batch_size, **{name: getattr(options, name) for name in names})
