@@ -137,6 +137,7 @@ def test_collectives_in_loops_with_kind_group_and_size():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
         ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=16,'axis_2'=4], device_ids=([4,16]T(1,0)) {'axis_1'}", 16),
     ],
 )
 def test_groups_in_every_notation(groups, size):

@@ -314,7 +314,7 @@ def _group_size(rest: str) -> int:
     """Devices in one group of a collective, in any of the notations; 2, who gives and who takes, for a permutation."""
     if "source_target_pairs" in rest:
         return 2
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", rest):
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\([^{]*\))?\s*\{(.*?)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
