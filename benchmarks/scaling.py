@@ -79,8 +79,9 @@ SETTINGS = {"dtype": "bfloat16", "param_dtype": "float32", "scan_layers": True, 
 def compile_row(effort: float, model: str, topology: str, mesh: tuple[int, int, int], pairs: int, program: str) -> dict:
     """What one line of the file says, but for its name."""
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_exec_time_optimization_effort", effort)
-    jax.config.update("jax_memory_fitting_effort", effort)
+    if effort:
+        jax.config.update("jax_exec_time_optimization_effort", effort)
+        jax.config.update("jax_memory_fitting_effort", effort)
     chip, devices = chips.devices(topology)
     assert chip is not None, "these are TPUs"
     laid = sharding.make_mesh(sharding.Config(**dict(zip(sharding.MESH_AXES, mesh, strict=True))), devices)
@@ -121,8 +122,10 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--effort", type=float, default=0.0)
+    parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 to 1; for JAX below 0.12")
     options = parser.parse_args()
+    if options.effort and not hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        parser.error(f"JAX {jax.__version__} cannot be told an effort; leave --effort away")
     lines = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
     if options.table:
         for program in options.programs:
