@@ -8,6 +8,7 @@ A study is many short trainings, and claims about their numbers that hold or do 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import datetime
 import time
@@ -32,7 +33,7 @@ Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the ch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(abc.ABC):
     """What all studies have; a subclass adds its settings, `measure`, `claims` and `panels`."""
 
     paper: ClassVar[str]
@@ -46,14 +47,17 @@ class Study:
         if self.num_seeds < 2:
             raise ValueError(f"study: num_seeds must be >= 2 for an interval, got {self.num_seeds}")
 
+    @abc.abstractmethod
     def measure(self, start: bench.Bench, seed: int) -> Numbers:
-        raise NotImplementedError
+        """The numbers of one seed, by name."""
 
+    @abc.abstractmethod
     def claims(self) -> Claims:
-        raise NotImplementedError
+        """What is judged over all seeds."""
 
+    @abc.abstractmethod
     def panels(self) -> Sequence[Panel]:
-        raise NotImplementedError
+        """What is drawn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,10 @@ Welleck et al. (arXiv:1908.04319, Eq. 4) raise log(1 - p) of single tokens. So i
 """
 
 import dataclasses
-import math
 
 from jaxtyping import Array, Float
 
-from pjpo import pairs
+from pjpo import checks, pairs
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import CHOSEN, REJECTED, Batch
@@ -20,8 +19,7 @@ class Config:
     weight: float = 0.5  # of the rejected completion's log-likelihood, alpha in the paper; >= 0, the paper's are <= 1
 
     def __post_init__(self):
-        if not 0 <= self.weight < math.inf:  # this way round, nan is refused too
-            raise ValueError(f"unlikelihood: weight must be >= 0 and finite, got {self.weight}")
+        checks.not_negative(self, "weight")
 
 
 def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: None) -> tuple[Mean, dict[str, Mean]]:

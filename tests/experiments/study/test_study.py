@@ -92,3 +92,12 @@ def test_an_error_bar_is_the_interval_over_seeds():
     half = 12.7062047  # t(0.975, 1) times a standard error of 1
     np.testing.assert_allclose(segments[0][:, 1], [2 - half, 2 + half], rtol=1e-6)
     np.testing.assert_allclose(segments[1][:, 1], [4, 4])
+
+
+def test_a_study_that_lacks_a_part_cannot_be_made():
+    class Partial(study.Study):
+        def measure(self, start, seed):
+            return {}
+
+    with pytest.raises(TypeError, match=r"abstract methods? .*claims.*panels"):
+        Partial(training=bench.Training(num_steps=1))
