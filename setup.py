@@ -35,6 +35,8 @@ EXTRAS = {
     "rewards": [
         "vaderSentiment==3.3.2",  # the rule-based sentiment reward; pinned, as a score is a result
         "scikit-learn==1.9.1",  # the independent judge: TF-IDF and logistic regression; pinned likewise
+        "reasoning-gym==0.1.25",  # tasks with their scorers; pinned, as its generators decide the problems
+        "math-verify==0.9.0",  # whether two answers are the same mathematics; pinned, as a verdict is a score
     ],
     "test": [
         "pytest>=9",  # runs tests/

@@ -6,11 +6,14 @@ It shares nothing with VADER, so a policy trained on one cannot please the other
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+
+from pjpo.data import reviews
 
 SHORT = 30  # words; about what a policy is asked to write
 
@@ -74,6 +77,27 @@ class Judge:
     def reward(self, texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
         """The probability that each text is positive."""
         return self.pipeline.predict_proba(texts)[:, 1].astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The probability that prompt and completion, as one text, are positive. It then is no independent judge any more.
+
+    It learns from the film reviews that are kept for judges, in seconds, when it is first needed.
+    """
+
+    def __call__(self, completions: list[str], *, prompts: list[str], **columns) -> list[float]:
+        return of_reviews().reward(list(map("".join, zip(prompts, completions, strict=True)))).tolist()
+
+    def prepare(self) -> None:
+        of_reviews()
+
+
+@functools.cache
+def of_reviews() -> Judge:
+    """Learned from the reviews that no policy meets."""
+    known = [review for review in reviews.read() if review.use == "judge"]
+    return Judge.train([review.text for review in known], [review.label for review in known])
 
 
 def _excerpt(text: str, num_words: int = 60) -> str:

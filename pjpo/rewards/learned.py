@@ -1,19 +1,30 @@
-"""Rewards by a trained reward model: a policy with a scalar head, see `pjpo.methods.reward_model`."""
+"""Rewards by a trained reward model: a policy with a scalar head, see `pjpo.methods.reward_model`.
+
+Scores of a Bradley-Terry model have no zero and no unit. The mean and standard deviation over a data set, kept in the
+model's folder, give them both; they never follow the policy, so a reward means the same in every step.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
-from pjpo import models
+from pjpo import checks, models
 from pjpo.rollouts import pad
+from pjpo.tokenizer import read_json
 from pjpo.types import Batch
+
+NORMALISATION = "reward_normalisation.json"  # in a model's folder
+WIDTH = 32  # tokens; widths are rounded up to multiples of it, so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +74,101 @@ class RewardModel:
                 "give every prompt the same number of completions"
             )
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        prompt_tokens, prompt_mask = pad([self.tokenizer.encode(text) for text in prompts])
+        prompt_tokens, prompt_mask = _pad([self.tokenizer.encode(text) for text in prompts])
         ids = [[*self.tokenizer.encode(text), *end] for row in completions for text in row]
-        tokens, mask = (rows.reshape(*np.shape(completions)[:2], -1) for rows in pad(ids))
+        tokens, mask = (rows.reshape(*np.shape(completions)[:2], -1) for rows in _pad(ids))
         batch = Batch.of(
             prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, completion_tokens=tokens, completion_mask=mask
         )
         return self.scores(batch, self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """What makes scores of a fixed set of texts have mean 0 and standard deviation 1."""
+
+    mean: float
+    std: float
+    num_scores: int  # over how many they were taken
+
+    def __post_init__(self):
+        if not math.isfinite(self.mean) or not 0 < self.std < math.inf or not self.num_scores >= 2:
+            raise ValueError(
+                f"normalisation: needs a finite mean, a std > 0 and 2 or more scores, got mean {self.mean}, std "
+                f"{self.std} of {self.num_scores} scores; take it over more texts, which differ"
+            )
+
+    @classmethod
+    def of(cls, scores: Float[np.ndarray, "..."]) -> Normalisation:
+        """Of the scores, any shape, that a model gave to the data set it is to be normalised on; std with n - 1."""
+        scores = np.asarray(scores, np.float64)
+        std = float(scores.std(ddof=1)) if scores.size > 1 else 0.0
+        return cls(mean=float(scores.mean()), std=std, num_scores=scores.size)
+
+    def save(self, folder: str | Path) -> None:
+        """Beside the model, which must be there."""
+        text = json.dumps(dataclasses.asdict(self), indent=2)
+        (Path(folder) / NORMALISATION).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Normalisation:
+        """
+        Raises:
+            FileNotFoundError: the folder has none; says how to make it.
+        """
+        path = Path(folder) / NORMALISATION
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; make it with Normalisation.of(scores).save({str(folder)!r}), from the model's "
+                "scores of a data set, or set normalise=False"
+            )
+        return cls(**read_json(path))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The score of a completion after its prompt, normalised and then clipped."""
+
+    source: str  # folder of the reward model
+    normalise: bool  # by the mean and standard deviation that are kept in the folder
+    clip: float = 10.0  # scores are cut to [-clip, clip]; inf cuts nothing
+    batch_size: int = 16  # completions scored together
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        checks.at_least(self, 1, "batch_size")
+        if not self.clip > 0:
+            raise ValueError(f"learned: clip must be > 0, or inf for none, got {self.clip}")
+
+    def __call__(self, completions: list[str], *, prompts: list[str], **columns) -> list[float]:
+        """
+        Raises:
+            FileNotFoundError: no normalisation in the folder.
+            ValueError: what `RewardModel.load` refuses.
+        """
+        model, normalisation = self.prepare()
+        places = np.arange(-(-len(completions) // self.batch_size) * self.batch_size).clip(max=len(completions) - 1)
+        parts = [
+            model.reward([prompts[i] for i in part], [[completions[i]] for i in part])
+            for part in places.reshape(-1, self.batch_size)  # the last one filled up with copies: one shape
+        ]
+        scores = np.concatenate(parts)[: len(completions), 0].astype(np.float64)
+        if normalisation:
+            scores = (scores - normalisation.mean) / normalisation.std
+        return np.clip(scores, -self.clip, self.clip).tolist()
+
+    def prepare(self) -> tuple[RewardModel, Normalisation | None]:
+        """Loads the model, once."""
+        return _loaded(self.source, self.normalise, self.param_dtype)
+
+
+@functools.cache
+def _loaded(source: str, normalise: bool, param_dtype: str) -> tuple[RewardModel, Normalisation | None]:
+    model = RewardModel.load(source, param_dtype=param_dtype)
+    return model, Normalisation.load(source) if normalise else None
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens, mask = pad(rows)
+    more = [(0, 0), (0, -tokens.shape[1] % WIDTH)]
+    return np.pad(tokens, more), np.pad(mask, more)

@@ -1,0 +1,313 @@
+"""Rewards: plain functions from texts to numbers; several with weights, each kept apart.
+
+    def reward(completions: list[str], *, prompts: list[str], **columns: list) -> list[float | None]
+
+is TRL's habit: one call for all completions of a rollout, everything by keyword. Each list has one entry a completion.
+A function gets what it names, or all there is if it has `**columns`: `prompts`, `completion_ids` (token ids, the end
+token included), and the columns of the data's rows. It may be called again with a part of the completions, to find out
+which one makes it fail. A frozen config with such a `__call__` is a reward with settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64
+
+from pjpo.data.examples import Example
+from pjpo.rewards.time_limit import limited
+from pjpo.types import Batch
+
+GIVEN = ("prompts", "completions", "completion_ids")  # keywords that are no columns
+OnError = Literal["nan", "raise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A completion that a reward could not score."""
+
+    reward: str
+    row: str  # the row's id
+    completion: int  # which of the row's, from 0
+    cause: str
+
+    def __str__(self) -> str:
+        return f"reward {self.reward!r}, row {self.row}, completion {self.completion}: {self.cause}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """N completions of each of B prompts."""
+
+    total: Float32[np.ndarray, "B N"]  # weighted sum of the rewards that there are; nan where there is none
+    rewards: dict[str, Float32[np.ndarray, "B N"]]  # by name, not weighted; nan where one failed
+    failures: list[Failure]
+
+    @property
+    def scored(self) -> Bool[np.ndarray, "B N"]:
+        """Where at least one reward could score; the rest must not be learned from."""
+        return np.isfinite(self.total)
+
+    def metrics(self) -> dict[str, float]:
+        """`rewards/<name>/mean` and `/std` (with n - 1) over what could be scored, and `rewards/failures`, a count.
+
+        nan where too little could be scored.
+        """
+        metrics = {}
+        for name, values in self.rewards.items():
+            values = values[np.isfinite(values)].astype(np.float64)
+            metrics[f"rewards/{name}/mean"] = float(values.mean()) if values.size else math.nan
+            metrics[f"rewards/{name}/std"] = float(values.std(ddof=1)) if values.size > 1 else math.nan
+        return metrics | {"rewards/failures": float(len(self.failures))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Functions, each with its weight.
+
+    A completion that a function raises at, is late with, or gives None or a number that is not finite, is left out
+    there and counted: its total is of the other functions. A package that is missing always stops the run.
+    """
+
+    functions: tuple[Any, ...]  # functions, configs, or names: of a module in this folder, or "module:function"
+    weights: tuple[float, ...]  # one for each
+    names: tuple[str, ...] = ()  # under which they are logged; () takes their own
+    on_error: OnError = "nan"  # leave out what fails, or raise
+    timeout_seconds: float = 60.0  # of one call; one that never returns has it some log2(B N) times
+
+    def __post_init__(self):
+        if not self.functions or len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"rewards: {len(self.functions)} functions with {len(self.weights)} weights; give one weight for each"
+            )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"rewards: weights must be finite, got {self.weights}")
+        if self.names and len(self.names) != len(self.functions):
+            raise ValueError(
+                f"rewards: {len(self.functions)} functions with {len(self.names)} names; name all, or none"
+            )
+        if self.on_error not in get_args(OnError):
+            raise ValueError(f"rewards: on_error must be one of {', '.join(get_args(OnError))}, got {self.on_error!r}")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise ValueError(f"rewards: timeout_seconds must be > 0 and finite, got {self.timeout_seconds}")
+        names = list(self.names) or [_name(function) for function in self.functions]
+        if len(self.by_name) < len(names):
+            raise ValueError(f"rewards: two rewards have one name among {', '.join(names)}; set `names`")
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Callable]:
+        names = self.names or map(_name, self.functions)
+        return dict(zip(names, map(_function, self.functions), strict=True))
+
+    def check(self, columns: Collection[str], *, given: Collection[str] = GIVEN) -> None:
+        """Whether rows with these columns can be scored; rewards that need a package, a model, ... get it now.
+
+        Args:
+            columns: that the data's rows have.
+            given: what else there is to read.
+
+        Raises:
+            ValueError: a reward reads a column that is not there, or a column has a name that means something else.
+            ImportError, OSError, ValueError: a reward cannot be had; what its `prepare` raises.
+        """
+        if hidden := set(GIVEN).intersection(columns):
+            raise ValueError(f"rewards: columns cannot be named {', '.join(sorted(hidden))}; rename them in the data")
+        for name, function in self.by_name.items():
+            read, _ = _parameters(function)
+            missing = [column for column, required in read.items() if required and column not in {*given, *columns}]
+            if missing:
+                raise ValueError(
+                    f"reward {name!r} reads {', '.join(missing)}, but the rows have only the columns "
+                    f"{', '.join(sorted(columns)) or '(none)'}; add it to the data, or leave out this reward"
+                )
+            if hasattr(function, "prepare"):
+                function.prepare()
+
+    def of_samples(self, batch: Batch, examples: Sequence[Example], tokenizer: Any) -> Scores:
+        """Of completions as token ids; prompt and completion are together the text that they decode to.
+
+        Args:
+            batch: NumPy arrays; a row for each example.
+            examples: where the prompts came from, with their columns.
+            tokenizer: whose ids they are.
+        """
+        prompts, completions, ids = [], [], []
+        for example, rows, masks in zip(examples, batch.completion_tokens, batch.completion_mask, strict=True):
+            prompts.append(tokenizer.decode(example.prompt))
+            ids.append([row[mask].tolist() for row, mask in zip(rows, masks, strict=True)])
+            completions.append([_rest(tokenizer, prompts[-1], example.prompt, tokens) for tokens in ids[-1]])
+        columns, places = zip(*((example.columns, example.id) for example in examples), strict=True)
+        return self.score(prompts, completions, columns=columns, ids=places, completion_ids=ids)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[Sequence[str]],
+        *,
+        columns: Sequence[Mapping[str, Any]] | None = None,
+        ids: Sequence[str] | None = None,
+        completion_ids: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> Scores:
+        """
+        Args:
+            prompts: B texts.
+            completions: N texts for each.
+            columns: of each row; one that only other rows have is None there.
+            ids: of each row, to name it by; numbers if left out.
+            completion_ids: the completions' tokens.
+
+        Raises:
+            ValueError: rows that do not fit each other, or a column that a reward reads and no row has.
+            RuntimeError: a failure, where `on_error` is "raise"; names it.
+            ImportError: a package that a reward needs is missing.
+        """
+        num_prompts, columns = len(prompts), columns or [{}] * len(prompts)
+        ids = list(map(str, range(num_prompts))) if ids is None else ids
+        numbers = {len(row) for row in completions}
+        if {len(completions), len(columns), len(ids)} != {num_prompts} or len(numbers) != 1:
+            raise ValueError(
+                f"rewards: {num_prompts} prompts with {len(completions)} rows of {sorted(numbers)} completions, "
+                f"{len(columns)} rows of columns and {len(ids)} ids; give every prompt one of each, and the same "
+                "number of completions"
+            )
+        (num_completions,) = numbers
+        keywords = {
+            "prompts": [prompt for prompt in prompts for _ in range(num_completions)],
+            "completions": [text for row in completions for text in row],
+        }
+        if completion_ids is not None:
+            keywords["completion_ids"] = [list(tokens) for row in completion_ids for tokens in row]
+        known = dict.fromkeys(name for row in columns for name in row)
+        self.check(known, given=keywords)
+        for name in known:
+            keywords[name] = [row.get(name) for row in columns for _ in range(num_completions)]
+
+        rewards, failures = {}, []
+        for name, function in self.by_name.items():
+
+            def failure(place: int, cause: str, name=name) -> Failure:
+                return Failure(name, ids[place // num_completions], place % num_completions, cause)
+
+            values, failed = self._call(function, keywords, num_prompts * num_completions, failure)
+            rewards[name] = values.reshape(num_prompts, num_completions)
+            failures += failed
+        weighted = np.array([weight * rewards[name] for name, weight in zip(rewards, self.weights, strict=True)])
+        total = np.where(np.isfinite(weighted).any(0), np.nansum(weighted, axis=0), np.nan)
+        return Scores(
+            total.astype(np.float32), {name: values.astype(np.float32) for name, values in rewards.items()}, failures
+        )
+
+    def _call(
+        self, function: Callable, keywords: dict[str, list], num: int, failure: Callable[[int, str], Failure]
+    ) -> tuple[Float64[np.ndarray, " n"], list[Failure]]:
+        """Values, and failures where they are nan. A call that fails is halved until the completions are found."""
+        values, failures, todo, num_late = np.full(num, np.nan), [], [range(num)], 0
+
+        def fail(place: int, cause: str, error: Exception | None = None) -> None:
+            failures.append(failure(place, cause))
+            if self.on_error == "raise":
+                raise RuntimeError(str(failures[-1])) from error
+
+        while todo:
+            part = todo.pop()
+            if num_late == 3 + num.bit_length():  # enough to find one
+                for place in part:
+                    fail(place, f"not called, as {num_late} calls took longer than {self.timeout_seconds:g} s")
+                continue
+            try:
+                own = {key: column[part.start : part.stop] for key, column in keywords.items()}
+                found = limited(lambda own=own: call(function, own), self.timeout_seconds)
+                if len(found) != len(part):
+                    raise ValueError(f"gave {len(found)} values for {len(part)} completions")
+                numbers = [math.nan if value is None else float(value) for value in found]
+            except ImportError:
+                raise
+            except Exception as error:  # whatever it is, it belongs to the completions and is told with them
+                num_late += isinstance(error, TimeoutError)
+                if len(part) == 1:
+                    fail(part.start, f"{type(error).__name__}: {error}", error)
+                else:
+                    middle = part.start + len(part) // 2
+                    todo += [range(middle, part.stop), range(part.start, middle)]
+                continue
+            for place, value, number in zip(part, found, numbers, strict=True):
+                if math.isfinite(number):
+                    values[place] = number
+                else:
+                    fail(place, f"gave {value}")
+        return values, failures
+
+
+def known() -> list[str]:
+    """Names of the rewards in this folder."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(file.stem for file in files if "\nclass Config:" in file.read_text(encoding="utf-8"))
+
+
+def find(name: str) -> Callable:
+    """The reward of that name, with its defaults: a module in this folder, or `module:function`.
+
+    Raises:
+        ValueError: there is none, or one that has no defaults.
+    """
+    module, _, attribute = name.partition(":")
+    if not attribute and module not in known():
+        raise ValueError(f"unknown reward {name!r}; known: {', '.join(known())}; or your own as module:function")
+    try:
+        found = importlib.import_module(module if attribute else f"pjpo.rewards.{module}")
+        return getattr(found, attribute) if attribute else found.Config()
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"reward {name!r} is not there: {error}; give module:function, importable from here"
+        ) from error
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} has settings without a default: {error}; give it as a value") from error
+
+
+def call(function: Callable, keywords: Mapping[str, list]) -> Sequence[Any]:
+    """The function of what it reads."""
+    read, takes_all = _parameters(function)
+    return function(**{name: values for name, values in keywords.items() if takes_all or name in read})
+
+
+def _function(reward: Any) -> Callable:
+    function = find(reward) if isinstance(reward, str) else reward
+    if not callable(function):
+        raise ValueError(f"rewards: {reward!r} cannot be called; give a function, a config of pjpo.rewards, or a name")
+    return function
+
+
+def _name(reward: Any) -> str:
+    """A function's own name; of a `Config` its module's."""
+    if isinstance(reward, str):
+        return reward.rpartition(":")[2]
+    kind = type(reward)
+    return getattr(
+        reward, "__name__", kind.__module__.rpartition(".")[2] if kind.__name__ == "Config" else kind.__name__
+    )
+
+
+def _parameters(function: Callable) -> tuple[dict[str, bool], bool]:
+    """The keywords it reads, with whether each is required; and whether it takes all there are.
+
+    A reward that asks another one, its `verifier`, reads what that one reads.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    inner = _parameters(function.verifier)[0] if hasattr(function, "verifier") else {}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return inner | {p.name: p.default is p.empty for p in named}, takes_all
+
+
+def _rest(tokenizer: Any, start: str, prompt: np.ndarray, completion: Sequence[int]) -> str:
+    """The completion as it reads after its prompt: some tokenizers decode a text's first space away."""
+    whole = tokenizer.decode([*prompt, *completion])
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(completion)
