@@ -20,6 +20,7 @@ from pjpo.types import CHOSEN, REJECTED, Batch
 
 Sums = Float[np.ndarray, "n 2"]
 Lengths = Int[np.ndarray, "n 2"]
+ROUNDING = 1e-5  # nats a token; ten times what float32 leaves of the log-ratios of a policy that is its reference
 
 
 def build(context, pairs: Sequence[Example], batch_size: int) -> Callable:
@@ -50,13 +51,15 @@ def of_pairs(beta: float | int, logps: Sums, ref_logps: Sums, lengths: Lengths) 
 
     `rewards/...` are implicit rewards, beta times log-ratios; a tie is no success for them. `ranking/...` compare
     likelihoods, a tie is a success, beside what the optimum of DPO's objective would reach over a range of beta if
-    999 of 1000 raters agreed. `logps/..._change` is the policy less the reference. `length/...`: how often the longer
-    completion was chosen, how often it has the higher reward, and the correlation of reward margins with differences in
-    length, in tokens.
+    999 of 1000 raters agreed. `logps/..._change` is the policy less the reference. `length/...`: how often, of two
+    unequal completions, the longer was chosen and how often it has the higher reward, and the correlation of reward
+    margins with differences in length, in tokens. Log-ratios that differ by no more than `ROUNDING` for each token of
+    the pair are alike there, so that a policy that is its reference rewards nothing for its length.
     """
     logps, ref_logps = np.asarray(logps, np.float64), np.asarray(ref_logps, np.float64)
     rewards, changes = beta * (logps - ref_logps), (logps - ref_logps).mean(0)
     margins, longer = rewards[:, CHOSEN] - rewards[:, REJECTED], lengths[:, CHOSEN] - lengths[:, REJECTED]
+    real_margins = np.where(np.abs(margins) > beta * ROUNDING * lengths.sum(1), margins, 0)
     certain = np.ones(len(logps))
     idealised = ranking.idealised_range(ref_logps, certain)
     return {
@@ -74,8 +77,8 @@ def of_pairs(beta: float | int, logps: Sums, ref_logps: Sums, lengths: Lengths) 
         "logps/chosen_change": float(changes[CHOSEN]),
         "logps/rejected_change": float(changes[REJECTED]),
         "length/longer_chosen": _share(longer > 0, longer != 0),
-        "length/longer_rewarded": _share(margins * np.sign(longer) > 0, longer != 0),
-        "length/margin_correlation": _correlation(margins, longer),
+        "length/longer_rewarded": _share(real_margins * longer > 0, longer != 0),
+        "length/margin_correlation": _correlation(real_margins, longer),
     }
 
 

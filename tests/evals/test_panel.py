@@ -58,6 +58,19 @@ def test_length_bias():
     assert [alike[f"length/{name}"] for name in ("longer_chosen", "longer_rewarded", "margin_correlation")] == [0] * 3
 
 
+def test_what_rounding_leaves_of_a_margin_rewards_no_length():
+    rng = np.random.default_rng(0)
+    ref = -np.array([[40.0, 30.0]]) * np.ones((8, 1))
+    lengths = np.array([[40, 30], [20, 60]] * 4)
+    same = (ref.astype(np.float32) + rng.normal(0, 2e-5, ref.shape)).astype(np.float32)  # a few units in the last place
+    found = panel.of_pairs(0.1, same, ref, lengths)
+    assert (found["length/longer_rewarded"], found["length/margin_correlation"]) == (0, 0)
+    assert found["length/longer_chosen"] == 0.5
+    apart = ref + np.array([[1e-3, 0.0]])  # 70 or 80 tokens at 1e-5 nats each are less
+    assert panel.of_pairs(0.1, apart, ref, lengths)["length/longer_rewarded"] == 0.5
+    assert panel.of_pairs(0.1, ref + np.array([[5e-4, 0.0]]), ref, lengths)["length/longer_rewarded"] == 0
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "regime"),
     [
