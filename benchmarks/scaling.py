@@ -133,13 +133,16 @@ def main() -> None:
         return
     done = {json.dumps(line["row"]) for line in lines}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+    try:
+        file = options.file.open("a")  # before minutes of work for it
+    except OSError as error:
+        parser.error(str(error))
+    with file, ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for row in [[*row, program] for program in options.programs for row in ROWS[program]]:
             if json.dumps(row) in done:
                 continue
             result = pool.submit(compile_row, options.effort, *row).result()
-            with options.file.open("a") as file:
-                file.write(json.dumps({"row": row, **result}) + "\n")
+            print(json.dumps({"row": row, **result}), file=file, flush=True)
             print(row, result.get("seconds", "does not fit"), flush=True)
 
 

@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from pjpo import outputs
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -40,14 +42,9 @@ def check_root(root: str | os.PathLike) -> None:
     """Before anything is computed for a run whose folder could not be made.
 
     Raises:
-        ValueError: `root` is no folder, or lies in what is none, or must not be written to.
+        ValueError: see `pjpo.outputs.check_folder`.
     """
-    root = Path(root).absolute()
-    there = next(path for path in (root, *root.parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"no run can be written to {root}: {there} is a file; choose another folder with --runs")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"no run can be written to {root}: {there} is not yours to write; choose another with --runs")
+    outputs.check_folder(root, "run", "choose another folder with --runs")
 
 
 def create(root: str | os.PathLike, experiment: str, config: Mapping[str, Any]) -> RunFolder:
@@ -145,7 +142,7 @@ class RunFolder:
     def summary(self, numbers: Mapping[str, Any]) -> None:
         """Adds to the final numbers, or replaces those of the same names."""
         path = self.path / "summary.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = _read_json(path) if path.exists() else {}
         write_whole(path, json.dumps(known | _plain(numbers), indent=1))
 
     def rewind(self, step: int) -> None:
@@ -310,7 +307,7 @@ def newest(root: str | os.PathLike, experiment: str) -> Path:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     file = path / "summary.json"
-    numbers = json.loads(file.read_text()) if file.exists() else {}
+    numbers = _read_json(file) if file.exists() else {}
     return {name: float(value) if value in NOT_FINITE else value for name, value in numbers.items()}
 
 
@@ -321,10 +318,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         below = sorted(map(str, found), reverse=True)[:3]
         hint = f"; below it are: {', '.join(below)}" if below else ""
         raise FileNotFoundError(f"{path} is not the folder of a run: it has no config.json{hint}")
+    about = _read_json(file)
+    if not (isinstance(about.get("experiment"), str) and isinstance(about.get("config"), dict)):
+        raise ValueError(f"{path} is not the folder of a run: its config.json names no experiment with its config")
+    return about
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; it is no file of a run")
+    return content
 
 
 def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -336,9 +343,12 @@ def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}; remove that line") from error
+            if not isinstance(row, dict) or "step" not in row:
+                raise ValueError(f"{path}, line {number} is no object with a step; remove that line")
+            yield row
 
 
 def _line(row: dict[str, Any]) -> str:

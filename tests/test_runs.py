@@ -39,7 +39,7 @@ def read_events(path):
     return events
 
 
-def test_a_place_for_runs_is_a_folder_or_can_become_one(tmp_path, monkeypatch):
+def test_a_place_for_runs_is_a_folder_or_can_become_one(tmp_path):
     for good in (tmp_path, tmp_path / "new" / "newer"):
         runs.check_root(good)
     file = tmp_path / "file"
@@ -47,9 +47,6 @@ def test_a_place_for_runs_is_a_folder_or_can_become_one(tmp_path, monkeypatch):
     for bad in (file, file / "runs"):
         with pytest.raises(ValueError, match=f"no run can be written to {bad}: {file} is a file; choose another"):
             runs.check_root(bad)
-    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))
-    with pytest.raises(ValueError, match=f"{tmp_path} is not yours to write"):
-        runs.check_root(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -224,6 +221,24 @@ def test_a_bad_line_is_named(folder):
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write("loss=0.5\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not JSON"):
+        runs.read(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "llama"}', "is not the folder of a run: its config.json names no experiment"),
+        ("config.json", "[]", "config.json holds a list, not an object"),
+        ("config.json", '{"experiment": "x", "config": 3}', "names no experiment with its config"),
+        ("config.json", "caf\xe9", "config.json is not JSON"),
+        ("summary.json", "{", "summary.json is not JSON"),
+        ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl, line 1 is no object with a step; remove that line"),
+        ("samples.jsonl", "[1]\n", "samples.jsonl, line 1 is no object with a step"),
+    ],
+)
+def test_files_of_others_are_named(folder, name, content, message):
+    (folder.path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=message):
         runs.read(folder.path)
 
 

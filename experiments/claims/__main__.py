@@ -7,11 +7,13 @@ The results of studies on real models, which take longer, follow as they lie in 
 import argparse
 import datetime
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import tqdm
 
+from experiments import registry
 from experiments.claims import (
     differential_information,
     dpo,
@@ -24,6 +26,7 @@ from experiments.claims import (
     token_credit,
 )
 from experiments.claims.claim import run, table
+from pjpo import outputs, runs
 
 PAPERS = (dpo, rdpo, rso, insights, reward_augmented, ranking, generalisation, differential_information, token_credit)
 CLAIMS = tuple(claim for paper in PAPERS for claim in paper.CLAIMS)
@@ -42,11 +45,13 @@ differences with their interval in brackets. These models are small; what does n
 """
 
 
-def main() -> None:
+@registry.told()
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__)
     parser.add_argument("--num-seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("docs/claims.md"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    outputs.check_file(options.out, "table", "choose another file with --out")
     began = time.perf_counter()
     verdicts = [run(claim, options.num_seeds) for claim in tqdm.tqdm(CLAIMS, desc="claims", unit="claim", disable=None)]
     minutes = (time.perf_counter() - began) / 60
@@ -54,7 +59,7 @@ def main() -> None:
         num_seeds=options.num_seeds, date=datetime.date.today(), jax=jax.__version__, minutes=minutes
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(f"{header}\n{table(verdicts)}\n{real(options.out.parent / 'studies')}", encoding="utf-8")
+    runs.write_whole(options.out, f"{header}\n{table(verdicts)}\n{real(options.out.parent / 'studies')}")
     held = sum(verdict.holds for verdict in verdicts)
     print(f"{held} of {len(verdicts)} claims hold; {options.out}")
 

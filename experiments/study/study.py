@@ -109,9 +109,11 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
     """All seeds, one after the other, then the verdicts; returns the folder.
 
     Raises:
-        ValueError: the folder to resume holds something else.
+        ValueError: the folder to resume holds something else, or a new one cannot be written.
     """
     config = describe(study)
+    if not resume:
+        runs.check_root(root)
     begin = study.start.load()  # first: a model that cannot be loaded leaves no folder behind
     folder = runs.open(resume, name, config, may_change=["num_seeds"]) if resume else runs.create(root, name, config)
     say(f"run: {folder.path}")

@@ -16,6 +16,7 @@ from typing import Annotated
 import tqdm
 import tyro
 
+from pjpo import outputs
 from pjpo.data import prepared
 from pjpo.data.json_lines import parse, read_lines
 from pjpo.data.sources import check_file
@@ -36,12 +37,13 @@ def prepare(file: Path, out: Path) -> int:
 
     Raises:
         FileNotFoundError, FileExistsError: no such file; a folder that exists.
-        ValueError: another kind of file, lines that cannot be read, or none at all.
+        ValueError: another kind of file, lines that cannot be read, or none at all; a place that cannot be written.
     """
     if not file.is_dir():
         check_file(str(file))
     if file.is_dir() or not str(file).endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{file} is no .jsonl or .jsonl.gz file; only these are prepared")
+    outputs.check_folder(out.parent, "rows", "choose another place")
     return prepared.write(out, _rows(file), source=file.name)
 
 

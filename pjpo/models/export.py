@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from pjpo import checkpoints, experiment, models, runs
+from pjpo import checkpoints, experiment, models, outputs, runs
 from pjpo.models.save import check_free
 
 
@@ -24,9 +24,12 @@ def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: 
     Raises:
         FileNotFoundError: there is no run, or it has no checkpoint.
         FileExistsError: `folder` is not empty.
-        ValueError: adapters alone of a run without them, a step that was not kept, a damaged checkpoint.
+        ValueError: adapters alone of a run without them, a step that was not kept, a damaged checkpoint, a `folder`
+            that cannot be written.
     """
-    check_free(Path(folder))
+    folder = Path(folder).expanduser()
+    check_free(folder)
+    outputs.check_folder(folder, "model", "choose another folder")
     found = runs.read(run)
     settings = experiment.recall(experiment.Model(source=""), found.config["model"])
     if adapter and not settings.lora.rank:

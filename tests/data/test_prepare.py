@@ -58,6 +58,8 @@ def test_bad_lines_are_refused_by_number_and_nothing_is_left(tmp_path):
 def test_what_cannot_be_prepared_is_refused(tmp_path, folder):
     with pytest.raises(FileExistsError, match=r"pairs exists already; remove it, or choose another name"):
         prepare(tmp_path / "pairs.jsonl", folder)
+    with pytest.raises(ValueError, match=r"no rows can be written to .*: .*pairs.jsonl is a file; choose"):
+        prepare(tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl" / "out")
     with pytest.raises(FileNotFoundError, match=r"near: pairs.jsonl"):
         prepare(tmp_path / "pair.jsonl", tmp_path / "out")
     with pytest.raises(ValueError, match=r"empty.jsonl has no rows"):

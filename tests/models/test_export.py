@@ -73,6 +73,9 @@ def test_what_cannot_be_exported(tmp_path):
         export(run, tmp_path / "model", step=5)
     with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
         export(tmp_path, tmp_path / "model")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"no model can be written to .*: {tmp_path}/file is a file; choose another"):
+        export(tmp_path / "no run", tmp_path / "file" / "model")  # which is asked first, being quick to tell
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").touch()
     with pytest.raises(FileExistsError, match="is not empty"):

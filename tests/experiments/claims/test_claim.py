@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.claims.__main__ import CLAIMS
+from experiments.claims import __main__ as command
 from experiments.claims.claim import Above, Claim, Within, interval, run, table
 
 
@@ -52,5 +52,37 @@ def test_one_seed_has_no_interval():
         run(made_up(lambda seed: {"a": 0.0}, Within("a", 0, 1)), 1)
 
 
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The command, on one made-up claim; its table."""
+    monkeypatch.setattr(command, "CLAIMS", (made_up(lambda seed: {"a": float(seed)}, Within("a", 0, 3)),))
+
+    def run(*argv):
+        command.main([*argv, "--out", str(tmp_path / "docs" / "claims.md")])
+        return (tmp_path / "docs" / "claims.md").read_text()
+
+    return run
+
+
+def test_the_command_writes_the_table_with_the_studies_after_it(written, tmp_path, capsys):
+    (tmp_path / "docs" / "studies").mkdir(parents=True)
+    (tmp_path / "docs" / "studies" / "rdpo.md").write_text("### of a study\n")
+    text = written("--num-seeds", "4")
+    assert "wrote this: 4 seeds" in text
+    assert text.index("| yes |") < text.index("## On real models") < text.index("### of a study")
+    assert capsys.readouterr().out.startswith("1 of 1 claims hold; ")
+    assert "**no**" in written("--num-seeds", "5")
+    with pytest.raises(SystemExit, match="num_seeds must be >= 2 for an interval, got 1"):
+        written("--num-seeds", "1")
+    assert "**no**" in (tmp_path / "docs" / "claims.md").read_text()
+
+
+def test_a_place_for_the_table_is_checked_before_anything_is_measured(written, tmp_path, monkeypatch):
+    (tmp_path / "docs").write_text("mine")
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=r"no table can be written to .*docs: .*docs is a file; .*with --out"):
+        written()
+
+
 def test_every_paper_has_claims():
-    assert len({claim.paper for claim in CLAIMS}) == 9
+    assert len({claim.paper for claim in command.CLAIMS}) == 9

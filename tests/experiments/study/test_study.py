@@ -81,6 +81,13 @@ def test_other_settings_are_refused(folder, said):
         study.run("made_up", other, resume=folder, say=said.append)
 
 
+def test_a_place_that_takes_no_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(NoModel, "load", lambda self: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"no run can be written to .*file: .* is a file; .* with --runs"):
+        study.run("made_up", MadeUp(), root=tmp_path / "file")
+
+
 def test_one_seed_has_no_interval():
     with pytest.raises(ValueError, match="num_seeds must be >= 2 for an interval, got 1"):
         MadeUp(num_seeds=1)
