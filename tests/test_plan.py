@@ -128,6 +128,20 @@ def test_collectives_in_loops_with_kind_group_and_size():
     assert found[0].sent == 6 * 16 * 32 * 4 * 3 / 4
 
 
+GROUPED = """
+ENTRY %main (x: f32[10]) -> f32[10] {{
+  %x = f32[10] parameter(0)
+  ROOT %sum = f32[10] all-reduce(%x), channel_id=1, {}, to_apply=%add
+}}
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}}
+"""
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [
@@ -141,19 +155,21 @@ def test_collectives_in_loops_with_kind_group_and_size():
     ],
 )
 def test_groups_in_every_notation(groups, size):
-    text = f"""
-ENTRY %main (x: f32[10]) -> f32[10] {{
-  %x = f32[10] parameter(0)
-  ROOT %sum = f32[10] all-reduce(%x), channel_id=1, {groups}, to_apply=%add
-}}
+    assert Program(GROUPED.format(groups)).collectives == [Collective("all-reduce", 40, size, 1)]
 
-%add (a: f32[], b: f32[]) -> f32[] {{
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %c = f32[] add(%a, %b)
-}}
-"""
-    assert Program(text).collectives == [Collective("all-reduce", 40, size, 1)]
+
+def test_a_group_of_all_is_as_large_as_the_program():
+    text = GROUPED.format("replica_groups={}")
+    assert Program(text).collectives == []  # of one device
+    for header in ("HloModule f, num_partitions=8", "HloModule f, replica_count=2, num_partitions=4, x={num=3}"):
+        assert Program(header + text).collectives == [Collective("all-reduce", 40, 8, 1)]
+
+
+@pytest.mark.parametrize("groups", ["replica_groups=torus<4x2>", "replica_groups=[2,2,2]<=[8]", "dimensions={0}"])
+def test_groups_in_another_notation_are_refused_by_name(groups):
+    shown = re.escape(groups) if "replica" in groups else "it has no replica_groups"
+    with pytest.raises(ValueError, match=rf"all-reduce sum: the notation of its groups .* not known: {shown}.*; known"):
+        _ = Program(GROUPED.format(groups)).collectives
 
 
 def test_what_is_no_program_is_refused():

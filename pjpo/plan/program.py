@@ -87,6 +87,8 @@ class Program:
                 current = ""
         if not self.entry:
             raise ValueError("this is no text of a compiled program: it has no ENTRY")
+        header = text.strip().partition("\n")[0]
+        self.devices = math.prod(map(int, re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)))
         self.runs: collections.Counter[str] = collections.Counter()  # of each computation, in one run of the program
         self.inside: set[str] = set()  # computations inside one kernel, whose arrays never leave the chip
         self._count(self.entry, 1, False)
@@ -162,7 +164,11 @@ class Program:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """All of them, those of one kind, size and group together; a copy of one whose pieces are spread is one."""
+        """All of them, those of one kind, size and group together; a copy of one whose pieces are spread is one.
+
+        Raises:
+            ValueError: groups of devices in a notation that is not known.
+        """
         counts: collections.Counter[tuple[str, int, int]] = collections.Counter()
         seen = set()
         for name, instruction, times in self.instructions():
@@ -171,7 +177,7 @@ class Program:
                 continue
             whole = max(x.bytes for x in instruction.outputs) if "start" in instruction.opcode else 0
             whole = whole or sum(x.bytes for x in instruction.outputs)
-            devices = _group_size(instruction.rest)
+            devices = _group_size(instruction, self.devices)
             if kind == "reduce-scatter":
                 whole *= devices
             elif kind == "all-reduce" and name in self.inside and self.roots[name].opcode == "dynamic-slice":
@@ -310,8 +316,13 @@ def _convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> i
     return 2 * out[labels[3].index("b")] * features * pairs
 
 
-def _group_size(rest: str) -> int:
-    """Devices in one group of a collective, in any of the notations; 2, who gives and who takes, for a permutation."""
+def _group_size(instruction: Instruction, everyone: int) -> int:
+    """Devices in one group of a collective, in any of the notations; 2, who gives and who takes, for a permutation.
+
+    Raises:
+        ValueError: another notation.
+    """
+    rest = instruction.rest
     if "source_target_pairs" in rest:
         return 2
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\([^{]*\))?\s*\{(.*?)\}", rest):
@@ -322,4 +333,11 @@ def _group_size(rest: str) -> int:
         return int(iota[1])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
-    return 1
+    if "replica_groups={}" in rest:
+        return everyone
+    groups = re.search(r"replica_groups=.{,60}", rest)
+    raise ValueError(
+        f"{instruction.opcode} {instruction.name}: the notation of its groups of devices is not known: "
+        f"{groups[0] if groups else 'it has no replica_groups'}; known are {{{{0,1}},{{2,3}}}}, [2,2]<=[4], "
+        "mesh['x'=2,'y'=2] {'x'} and {} for all devices, as JAX 0.10 to 0.12 write them"
+    )
