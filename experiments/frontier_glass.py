@@ -116,6 +116,7 @@ def at_most(budget: float) -> str:
 
 
 EXPERIMENT = Study(
+    start=bench.Config(),
     # Slow enough for the stops to lie within the budgets: at 1e-3 DPO is beyond 4 nats at the first of them.
     training=bench.Training(num_steps=96, optimizer=optim.Config(learning_rate=2e-4, warmup_steps=5)),
     smoke={

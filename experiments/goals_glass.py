@@ -121,6 +121,7 @@ def reward(start: bench.Bench, params: dict, prefix: np.ndarray) -> float:
 
 
 EXPERIMENT = Study(
+    start=bench.Config(),
     training=bench.Training(num_steps=192, optimizer=optim.Config(learning_rate=5e-4, warmup_steps=5)),
     smoke={
         "goals": (1, 10),

@@ -123,6 +123,7 @@ def gap(size: int) -> str:
 
 
 EXPERIMENT = Study(
+    start=bench.Config(),
     num_seeds=4,
     texts=reviews.Texts(num_reviews=1024, num_held_out=0, max_completion_tokens=32, label=1),
     sft=bench.Training(num_steps=96, batch_size=32, optimizer=optim.Config(learning_rate=2e-3, warmup_steps=5)),

@@ -102,6 +102,7 @@ def at(name: str, rate: float) -> str:
 
 
 EXPERIMENT = Study(
+    start=bench.Config(),
     training=bench.Training(num_steps=96, looks=(32,), optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),
     smoke={
         "flip_rates": (0.0, 0.4),

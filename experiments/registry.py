@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -26,15 +26,22 @@ FOLDER = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    experiment: Annotated[Any, tyro.conf.arg(name="")]
     smoke: bool = False  # a minute's worth of it, to see that everything works
     resume: Path | None = None  # folder of a run to go on with
     runs: Path = Path("runs")  # where new runs get their folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
     # One of several processes, as the cluster's scheduler says, or as is given:
     is_distributed: Annotated[bool, tyro.conf.arg(name="distributed")] = False
     processes: Annotated[distributed.Config, tyro.conf.arg(name="distributed")] = dataclasses.field(
         default_factory=distributed.Config
     )
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def names() -> list[str]:
@@ -78,29 +85,37 @@ def override(value: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def launch(value: Experiment, argv: list[str] | None = None) -> None:
-    """The command line of an experiment: typed overrides, --smoke, --resume, --help."""
+    """The command line of an experiment: typed overrides, --smoke, --resume, --distributed, --help."""
+    with told():
+        name, options = parse(RunOptions, value, argv)
+        given = options.is_distributed or options.processes != distributed.Config()
+        with distributed.started(options.processes if given else None):
+            experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
+
+
+def parse(kind: type[AnyOptions], value: Any, argv: list[str] | None) -> tuple[str, AnyOptions]:
+    """Name and options of what Python was started with; overrides are of `value`, of its smoke, or of a run's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder to resume is no run's.
+    """
     name, about = program()
 
-    def parse(default: Experiment) -> Options:
+    def read(default: Any) -> AnyOptions:
         return tyro.cli(
-            Options,
-            default=Options(experiment=default),
+            kind,
+            default=kind(experiment=default),
             args=argv,
             prog=f"python -m experiments.{name}",
             description=about,
             config=(tyro.conf.AvoidSubcommands,),
         )
 
-    with told():
-        options = parse(value)
-        if options.resume:  # the settings are the folder's
-            found = runs.read(options.resume)
-            options = parse(experiment.recall(value, found.config) if found.experiment == name else value)
-        elif options.smoke:
-            options = parse(override(value, value.smoke))
-        given = options.is_distributed or options.processes != distributed.Config()
-        with distributed.started(options.processes if given else None):
-            experiment.run(name, options.experiment, root=options.runs, resume=options.resume)
+    options = read(value)
+    if options.resume:  # the settings are the folder's
+        found = runs.read(options.resume)
+        return name, read(experiment.recall(value, found.config) if found.experiment == name else value)
+    return name, read(override(value, value.smoke)) if options.smoke else options
 
 
 def program() -> tuple[str, str | None]:

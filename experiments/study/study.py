@@ -14,7 +14,7 @@ import datetime
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import matplotlib
@@ -27,7 +27,7 @@ from experiments import registry
 from experiments.claims.claim import Above, Numbers, Within, interval
 from experiments.study import bench
 from pjpo import report, runs
-from pjpo.experiment import describe, recall
+from pjpo.experiment import describe
 
 Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the checks that must all hold
 
@@ -38,7 +38,7 @@ class Study(abc.ABC):
 
     paper: ClassVar[str]
     setting: ClassVar[str]  # what is run, a sentence
-    start: bench.Config = dataclasses.field(default_factory=bench.Config)
+    start: Any  # what trainings begin from; a config whose `load()` gives what `measure` takes
     training: bench.Training
     num_seeds: int = 5  # at least two; a study that goes on may have more
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
@@ -48,7 +48,7 @@ class Study(abc.ABC):
             raise ValueError(f"study: num_seeds must be >= 2 for an interval, got {self.num_seeds}")
 
     @abc.abstractmethod
-    def measure(self, start: bench.Bench, seed: int) -> Numbers:
+    def measure(self, start: Any, seed: int) -> Numbers:
         """The numbers of one seed, by name."""
 
     @abc.abstractmethod
@@ -70,39 +70,11 @@ class Panel:
     curves: Mapping[str, Sequence[tuple[Any, str]]]
 
 
-AnyStudy = TypeVar("AnyStudy", bound=Study)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Generic[AnyStudy]):
-    study: Annotated[AnyStudy, tyro.conf.arg(name="")]
-    smoke: bool = False  # a minute's worth of it, to see that everything works
-    resume: Path | None = None  # folder of a study to go on with: seeds that it has are kept
-    runs: Path = Path("runs")  # where new runs get their folder
-
-
 def launch(value: Study, argv: list[str] | None = None) -> None:
     """The command line of a study: typed overrides, --smoke, --resume, --help."""
     with registry.told():
-        name, about = registry.program()
-
-        def parse(default: Study) -> Options:
-            return tyro.cli(
-                Options[type(default)],
-                default=Options(study=default),
-                args=argv,
-                prog=f"python -m experiments.{name}",
-                description=about,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-
-        options = parse(value)
-        if options.resume:  # the settings are the folder's
-            found = runs.read(options.resume)
-            options = parse(recall(value, found.config) if found.experiment == name else value)
-        elif options.smoke:
-            options = parse(registry.override(value, value.smoke))
-        run(name, options.study, root=options.runs, resume=options.resume)
+        name, options = registry.parse(registry.Options, value, argv)
+        run(name, options.experiment, root=options.runs, resume=options.resume)
 
 
 def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | None = None, say=print) -> Path:
