@@ -20,7 +20,7 @@ from pjpo.types import CHOSEN, REJECTED, Batch
 
 Sums = Float[np.ndarray, "n 2"]
 Lengths = Int[np.ndarray, "n 2"]
-ROUNDING = 1e-5  # nats a token; ten times what float32 leaves of the log-ratios of a policy that is its reference
+ROUNDING = 1e-5  # nats a token; in float32 two shapes of batch differ by up to 2e-6 (the 0.85M model)
 
 
 def build(context, pairs: Sequence[Example], batch_size: int) -> Callable:
