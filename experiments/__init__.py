@@ -9,6 +9,6 @@ from experiments import registry
 _asked = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv[:-1] else ""
 if _asked.startswith("experiments.") and sys.argv[0] == "-m":
     try:
-        registry.check_name(_asked.removeprefix("experiments."))
+        registry.check_name(_asked.removeprefix("experiments."), registry.commands())
     except ValueError as error:
         raise SystemExit(str(error)) from None

@@ -9,7 +9,7 @@ import difflib
 import dis
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,7 +19,7 @@ import pjpo
 from pjpo import distributed, experiment, runs, train
 from pjpo.experiment import Experiment, Model
 
-__all__ = ["Experiment", "Model", "about", "check_name", "get", "launch", "names", "override"]
+__all__ = ["Experiment", "Model", "about", "check_name", "commands", "get", "launch", "names", "override"]
 
 FOLDER = Path(__file__).parent
 
@@ -54,12 +54,16 @@ def about(name: str) -> str:
     return header.split("\n\n")[0].replace("\n", " ")
 
 
-def check_name(name: str) -> None:
+def commands() -> list[str]:
+    """All that `python -m experiments.<name>` runs: the experiments, and what is beside them."""
+    return [*names(), *(path.parent.name for path in FOLDER.glob("*/__main__.py"))]
+
+
+def check_name(name: str, known: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: there is no such experiment; names what is near, and all.
+        ValueError: it is none of the known ones; names what is near, and all experiments.
     """
-    known = [*names(), "registry", *(path.parent.name for path in FOLDER.glob("*/__main__.py"))]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -72,7 +76,7 @@ def get(name: str) -> Experiment:
     Raises:
         ValueError: there is none.
     """
-    check_name(name)
+    check_name(name, names())
     return importlib.import_module(f"experiments.{name}").EXPERIMENT
 
 

@@ -56,9 +56,11 @@ def check_batch(mesh: Mesh, batch_size: int, num_microbatches: int = 1, name: st
     Raises:
         ValueError: with sizes that would do.
     """
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches must be >= 1, got {num_microbatches}; 1 is the batch in one piece")
     parts = num_batch_parts(mesh) * num_microbatches
     if batch_size < 1 or batch_size % parts:
-        below = batch_size // parts * parts
+        below = max(batch_size // parts * parts, 0)
         cuts = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
         raise ValueError(
             f"{name} {batch_size} is not divisible by {parts} (mesh axes {_named(mesh.shape.values())}{cuts}); "

@@ -393,6 +393,9 @@ def test_a_folder_that_says_nothing_to_plan_for_is_refused(tmp_path, stored, mes
     [
         ("--prompt-tokens 0", "plan: prompt_tokens must be >= 1, got 0"),
         ("--batch-size=-2", "plan: batch_size must be >= 1, got -2"),
+        ("--num-microbatches=0", "plan: num_microbatches must be >= 1, got 0"),
+        ("--experiment=rdpo_glass", "plan: rdpo_glass is a study of many trainings; name an experiment"),
+        ("--experiment=registry", "unknown experiment 'registry'"),
         ("--reference adapter", "plan: reference 'adapter' is the model without adapters; set lora.rank"),
     ],
 )
@@ -424,6 +427,7 @@ def test_a_collective_takes_the_time_of_its_slowest_link():
         ("v4:2x2", "topology must be cpu:<devices> or one of v5e, v5p, v6e as in v5p:4x4x4, got 'v4:2x2'"),
         ("v5p", "got 'v5p'"),
         ("cpu:2x2", "got 'cpu:2x2'"),
+        ("cpu:0", "topology must be cpu:<devices> .* got 'cpu:0'"),
         ("cpu:9", "topology cpu:9: there are 8 CPU devices; ask for 1 to 8"),
     ],
 )

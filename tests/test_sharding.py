@@ -199,6 +199,9 @@ def test_meshes_that_do_not_divide_the_devices_are_refused(sizes, message):
         ("2x2x2", 12, 2, r"batch_size 12 is not divisible by 8 \(mesh .*model=2 x 2 microbatches\); use 8 or 16"),
         ("1x1x8", 3, 2, "batch_size 3 is not divisible by 2 .*; use 2 or 4"),
         ("8x1x1", 0, 1, "batch_size 0 is not divisible by 8 .*; use 8$"),
+        ("8x1x1", -8, 1, "batch_size -8 is not divisible by 8 .*; use 8$"),
+        ("8x1x1", 8, 0, "num_microbatches must be >= 1, got 0; 1 is the batch in one piece"),
+        ("8x1x1", 8, -1, "num_microbatches must be >= 1, got -1"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused(name, batch_size, num_microbatches, message):

@@ -31,6 +31,8 @@ def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: 
     check_free(folder)
     outputs.check_folder(folder, "model", "choose another folder")
     found = runs.read(run)
+    if "model" not in found.config:
+        raise ValueError(f"{run} is of {found.experiment!r}, which keeps no weights; export the run of an experiment")
     settings = experiment.recall(experiment.Model(source=""), found.config["model"])
     if adapter and not settings.lora.rank:
         raise ValueError(f"{run} trained all weights (model.lora.rank is 0), so it has no adapters; export without it")

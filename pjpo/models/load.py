@@ -120,7 +120,9 @@ def _reader(source: str | Path) -> tuple[Path, Callable[[Path], weights.Checkpoi
         return path, gguf.read
     if path.is_dir():
         return path, huggingface.read
-    near = difflib.get_close_matches(str(source).lower(), PACKAGED, n=1, cutoff=0.4)
+    given = str(source).lower()
+    begun = [name for name in PACKAGED if given and name.startswith(given)]
+    near = begun or difflib.get_close_matches(given, PACKAGED, n=1, cutoff=0.4)
     raise (FileNotFoundError if path.suffix == ".gguf" else ValueError)(
         f"unknown model source {str(source)!r}{f'; did you mean {near[0]!r}?' if near else '.'} Allowed: "
         f"{', '.join(PACKAGED)}, a folder with config.json and model.safetensors, or a .gguf file. "

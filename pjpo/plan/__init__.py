@@ -40,7 +40,7 @@ class Work:
     num_microbatches: int = 1
 
     def __post_init__(self):
-        sizes = ("batch_size", "prompt_tokens", "completion_tokens", "num_completions", "num_microbatches")
+        sizes = ("num_microbatches", "batch_size", "prompt_tokens", "completion_tokens", "num_completions")
         checks.at_least(self, 1, *sizes)
         if self.reference == "adapter" and self.model.lora is None:
             raise ValueError("plan: reference 'adapter' is the model without adapters; set lora.rank, or use 'online'")

@@ -17,6 +17,7 @@ import jax
 import tyro
 
 from pjpo import models, optim, plan, sharding, step
+from pjpo.experiment import Experiment
 from pjpo.methods import dpo
 from pjpo.models import lora
 from pjpo.plan import chips, shapes
@@ -57,6 +58,8 @@ def parse(argv: list[str] | None = None) -> Options:
     if options.experiment is None:
         return options
     found = importlib.import_module("experiments.registry").get(options.experiment)
+    if not isinstance(found, Experiment):
+        raise ValueError(f"plan: {options.experiment} is a study of many trainings; name an experiment, which is one")
     settings = {name: getattr(found, name) for name in OF_EXPERIMENT}
     settings |= {name: getattr(found.model, name) for name in OF_MODEL}
     default = dataclasses.replace(options, **settings)

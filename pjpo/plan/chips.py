@@ -57,13 +57,14 @@ def devices(topology: str) -> tuple[Chip | None, list]:
         ModuleNotFoundError: the TPU compiler is not installed.
     """
     name, _, shape = topology.partition(":")
-    if not (re.fullmatch(r"\d+", shape) if name == "cpu" else re.fullmatch(r"\d+(x\d+)+", shape) and name in CHIPS):
+    form = r"[1-9]\d*" if name == "cpu" else r"\d+(x\d+)+"
+    if not (re.fullmatch(form, shape) and name in ("cpu", *CHIPS)):
         raise ValueError(
             f"topology must be cpu:<devices> or one of {', '.join(CHIPS)} as in v5p:4x4x4, got {topology!r}"
         )
     if name == "cpu":
         found = jax.devices("cpu")
-        if not 1 <= int(shape) <= len(found):
+        if int(shape) > len(found):
             raise ValueError(f"topology {topology}: there are {len(found)} CPU devices; ask for 1 to {len(found)}")
         return None, found[: int(shape)]
     if not has_compiler():

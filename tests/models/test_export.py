@@ -71,6 +71,9 @@ def test_what_cannot_be_exported(tmp_path):
         export(run, tmp_path / "model", adapter=True)
     with pytest.raises(ValueError, match=r"has no checkpoint of step 5, only of 3, 7"):
         export(run, tmp_path / "model", step=5)
+    study = runs.create(tmp_path / "runs", "rdpo_glass", {"start": {"model": {"source": "glassllm-en"}}})
+    with pytest.raises(ValueError, match="is of 'rdpo_glass', which keeps no weights; export the run of an experiment"):
+        export(study.path, tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
         export(tmp_path, tmp_path / "model")
     (tmp_path / "file").write_text("mine")

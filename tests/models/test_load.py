@@ -136,6 +136,7 @@ def test_parameters_are_spread_over_a_mesh(glass):
     ("source", "message"),
     [
         ("smollm2-135m", "unknown model source 'smollm2-135m'; did you mean 'smollm2-135m-instruct'. Allowed: smollm2"),
+        ("smollm", "did you mean 'smollm2-135m-instruct'"),
         ("GlassLLM", "did you mean 'glassllm-en'"),
         ("/nowhere/at/all", "a folder with config.json and model.safetensors, or a .gguf file. Nothing is downloaded"),
     ],
