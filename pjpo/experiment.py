@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import itertools
 import shlex
 from collections.abc import Callable, Mapping
@@ -123,6 +124,8 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
         raise train.Stopped(f"{about}\n{_how_to_go_on(name, folder)}") from None
     except Exception as error:
         if not distributed.is_loss(error):
+            if isinstance(error, ValueError) and not resume and distributed.is_first():
+                runs.discard(folder)
             raise
         raise distributed.Lost(f"{distributed.about_loss(error)}\n{_how_to_go_on(name, folder)}") from None
     _report(folder, say)
@@ -162,10 +165,11 @@ def completed(method: Any, batch: Batch) -> Batch:
 
 
 def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
-    """Settings that do not fit each other.
+    """Settings that do not fit each other, or the machine.
 
     Raises:
         ValueError: naming them.
+        ModuleNotFoundError: what one of them needs is not installed.
     """
     sharding.check_batch(mesh, experiment.batch_size, experiment.num_microbatches)
     optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
@@ -173,6 +177,14 @@ def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
         raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
     if experiment.keep_best_by and not experiment.evaluation:
         raise ValueError(f"keep_best_by {experiment.keep_best_by[0]!r} needs an evaluation, but evaluation is None")
+    takes = inspect.signature(experiment.loss).parameters["ref_logps"].annotation  # None of a loss without a reference
+    if experiment.reference == "none" and "None" not in str(takes):
+        name = experiment.loss.__module__.rpartition(".")[2]
+        raise ValueError(f"{name} compares with a reference, but reference is 'none'; use online, stored or adapter")
+    if not 0 <= experiment.seed < 2**32:
+        raise ValueError(f"seed must be >= 0 and below 2**32, got {experiment.seed}")
+    if experiment.wandb_project:
+        runs.import_wandb()
 
 
 def _how_to_go_on(name: str, folder: runs.RunFolder) -> str:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -246,14 +247,27 @@ def wandb_sink(project: str, folder: RunFolder, config: Mapping[str, Any]) -> Ca
     Raises:
         ModuleNotFoundError: the extra is not installed.
     """
+    wandb, name = import_wandb(), folder.path.name
+    run = wandb.init(project=project, id=name, name=name, config=_plain(config), dir=str(folder.path), resume="allow")
+    return lambda step, numbers: run.log(numbers, step=step)
+
+
+def import_wandb() -> Any:
+    """
+    Raises:
+        ModuleNotFoundError: the extra is not installed.
+    """
     try:
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("wandb_project is set, but wandb is missing: pip install -e '.[wandb]'") from error
+    return wandb
 
-    name = folder.path.name
-    run = wandb.init(project=project, id=name, name=name, config=_plain(config), dir=str(folder.path), resume="allow")
-    return lambda step, numbers: run.log(numbers, step=step)
+
+def discard(folder: RunFolder) -> None:
+    """Removes a new run's folder if nothing was logged: its settings were refused by the first evaluation."""
+    if not (folder.path / "metrics.jsonl").exists():
+        shutil.rmtree(folder.path)
 
 
 def read(path: str | os.PathLike) -> Run:

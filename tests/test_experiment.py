@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -312,7 +313,7 @@ def test_a_file_where_runs_should_lie_is_refused_first(tmp_path):
         experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, QUICK), root=tmp_path / "runs")
 
 
-def test_what_cannot_work_leaves_no_folder(tmp_path, model):
+def test_what_cannot_work_leaves_no_folder(tmp_path, model, monkeypatch):
     refused(tmp_path, {"model.source": "nowhere"}, "unknown model source 'nowhere'")
     source = {"model.source": str(model)}
     refused(tmp_path, source | {"data": preference.Config(path="")}, "no data file is given")
@@ -325,14 +326,18 @@ def test_what_cannot_work_leaves_no_folder(tmp_path, model):
     wrong = {"loss": kto.loss, "method": kto.Config()}
     refused(tmp_path, source | wrong, "kto: rows must hold one completion with its label, got 2")
     refused(tmp_path, {"evaluation": None, "keep_best_by": ("eval/loss", "min")}, "'eval/loss' needs an evaluation")
+    refused(tmp_path, {"reference": "none"}, "^dpo compares with a reference, but reference is 'none'; use onl")
+    for seed in (-1, 2**32):
+        refused(tmp_path, {"seed": seed}, rf"seed must be >= 0 and below 2\*\*32, got {seed}")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(tmp_path, {"wandb_project": "mine"}, r"wandb is missing: pip install -e", ModuleNotFoundError)
 
 
 def test_keeping_the_best_by_what_is_not_measured_is_refused_before_training(tmp_path, model):
     wrong = PLAIN | {"model.source": str(model), "keep_best_by": ("eval/los", "min")}
     with pytest.raises(ValueError, match=r"no metric 'eval/los'; did you mean 'eval/loss'\? Known: .*eval/loss"):
         experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, wrong), root=tmp_path)
-    (folder,) = tmp_path.glob("tiny/*")
-    assert not (folder / "checkpoints").exists()
+    assert not list(tmp_path.glob("tiny/*"))  # nothing was measured, and nothing could go on with it
 
 
 def test_stored_log_probs_serve_held_out_examples_too(tmp_path, model, monkeypatch):
@@ -419,6 +424,7 @@ def test_a_run_that_goes_on_keeps_its_data_and_shows_the_texts_before_and_after(
     value = registry.override(tiny_run.EXPERIMENT, PLAIN | changes | {"wandb_project": "mine"})
     said, logged = [], []
     sink = lambda project, folder, config: lambda step, numbers: logged.append((project, step))  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     monkeypatch.setattr(runs, "wandb_sink", sink)
     with pytest.raises(train.Stopped, match="stopped at once"):
         experiment.run("tiny", value, root=tmp_path, say=said.append)

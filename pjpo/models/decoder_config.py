@@ -91,6 +91,8 @@ class Config:
             )
         if self.lora is not None and not self.lora.rank:
             object.__setattr__(self, "lora", None)  # one spelling of no adapters: configs that are equal compare equal
+        if self.lora is not None and self.lora.rank > self.model_dim:
+            raise ValueError(f"model: lora.rank must be at most model_dim {self.model_dim}, got {self.lora.rank}")
 
     @property
     def heads_of_kv(self) -> int:

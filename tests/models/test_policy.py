@@ -293,6 +293,7 @@ def test_logps_refuse_more_positions_than_the_model_has():
     [
         ({"num_layers": 0}, "model: num_layers must be at least 1, got 0"),
         ({"num_heads": 3}, "model: num_heads 3 is no multiple of num_kv_heads 2"),
+        ({"lora": lora.Config(rank=13)}, "model: lora.rank must be at most model_dim 12, got 13"),
         ({"head_dim": 5}, "model: rotary embedding needs an even head_dim, got 5"),
         ({"dtype": "float16"}, "model: dtype must be one of float32, bfloat16, float64, got 'float16'"),
         ({"param_dtype": "int8"}, "model: param_dtype must be one of"),
