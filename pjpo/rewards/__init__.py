@@ -1,1 +1,1 @@
-"""Texts to scores, by rule or by a model."""
+"""Texts to scores, by rule or by a model; `protocol` puts several together."""

@@ -53,7 +53,7 @@ class Scores:
 
     @property
     def scored(self) -> Bool[np.ndarray, "B N"]:
-        """Where at least one reward could score; the rest must not be learned from."""
+        """Where at least one reward with a weight could score; the rest must not be learned from."""
         return np.isfinite(self.total)
 
     def metrics(self) -> dict[str, float]:
@@ -78,7 +78,7 @@ class Rewards:
     """
 
     functions: tuple[Any, ...]  # functions, configs, or names: of a module in this folder, or "module:function"
-    weights: tuple[float, ...]  # one for each
+    weights: tuple[float, ...]  # one for each; 0 measures only
     names: tuple[str, ...] = ()  # under which they are logged; () takes their own
     on_error: OnError = "nan"  # leave out what fails, or raise
     timeout_seconds: float = 60.0  # of one call; one that never returns has it some log2(B N) times
@@ -88,8 +88,8 @@ class Rewards:
             raise ValueError(
                 f"rewards: {len(self.functions)} functions with {len(self.weights)} weights; give one weight for each"
             )
-        if not all(map(math.isfinite, self.weights)):
-            raise ValueError(f"rewards: weights must be finite, got {self.weights}")
+        if not all(map(math.isfinite, self.weights)) or not any(self.weights):
+            raise ValueError(f"rewards: weights must be finite and not all 0, got {self.weights}")
         if self.names and len(self.names) != len(self.functions):
             raise ValueError(
                 f"rewards: {len(self.functions)} functions with {len(self.names)} names; name all, or none"
@@ -199,7 +199,9 @@ class Rewards:
             values, failed = self._call(function, keywords, num_prompts * num_completions, failure)
             rewards[name] = values.reshape(num_prompts, num_completions)
             failures += failed
-        weighted = np.array([weight * rewards[name] for name, weight in zip(rewards, self.weights, strict=True)])
+        # What has no weight is measured only: its values are no ground to learn from.
+        weighing = [(rewards[name], weight) for name, weight in zip(rewards, self.weights, strict=True) if weight]
+        weighted = np.array([weight * values for values, weight in weighing])
         total = np.where(np.isfinite(weighted).any(0), np.nansum(weighted, axis=0), np.nan)
         return Scores(
             total.astype(np.float32), {name: values.astype(np.float32) for name, values in rewards.items()}, failures

@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("sklearn", reason="needs the extra 'rewards'")
 
 from pjpo.data import reviews
+from pjpo.rewards import judge as judge_module
 from pjpo.rewards.judge import SHORT, Judge, _excerpt
 
 
@@ -43,6 +44,14 @@ def test_an_excerpt_is_both_ends():
     words = [str(i) for i in range(200)]
     assert _excerpt(" ".join(words)).split() == words[:60] + words[-60:]
     assert _excerpt(" ".join(words[:120])).split() == words[:120]
+
+
+def test_as_a_reward_it_reads_prompt_and_completion_as_one_text(monkeypatch):
+    judge = Judge.train(*labelled(400, np.random.default_rng(0)))
+    monkeypatch.setattr(judge_module, "of_reviews", lambda: judge)
+    found = judge_module.Config()(completions=["ly word1", "ful word1"], prompts=["so love", "so aw"])
+    np.testing.assert_array_equal(found, judge.reward(["so lovely word1", "so awful word1"]))
+    assert found[1] < 0.2 < 0.8 < found[0]
 
 
 def test_bad_labels_are_refused():

@@ -6,7 +6,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from pjpo.rewards.learned import RewardModel
+from pjpo import models as saved
+from pjpo.rewards import learned
+from pjpo.rewards.learned import Normalisation, RewardModel
+from pjpo.rewards.protocol import Rewards
 from pjpo.tokenizer import Tokenizer
 from pjpo.types import Batch
 from tests import tiny
@@ -51,3 +54,50 @@ def test_ids_of_another_tokenizer_are_refused(model):
 def test_ragged_numbers_of_completions_are_refused(model):
     with pytest.raises(ValueError, match=r"2 prompts with 2 rows of \[1, 2\] completions"):
         model.reward(["hello", "hello"], [["good"], ["good", "bad"]])
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    saved.save(tmp_path / "model", model.policy, model.params, model.tokenizer)
+    return tmp_path / "model"
+
+
+PROMPTS, COMPLETIONS = ["hello", "hello words", "bad"], ["good", "bad words", "words"]
+
+
+def test_scores_are_normalised_by_what_is_stored_and_then_clipped(model, folder):
+    raw = model.reward(PROMPTS, [[text] for text in COMPLETIONS])[:, 0].astype(np.float64)
+    Normalisation.of(raw).save(folder)
+    known = Normalisation.load(folder)
+    assert known == Normalisation(mean=raw.mean(), std=raw.std(ddof=1), num_scores=3)
+    expected = (raw - raw.mean()) / raw.std(ddof=1)
+    settings = {"source": str(folder), "batch_size": 2}
+    found = learned.Config(**settings, normalise=True)(completions=COMPLETIONS, prompts=PROMPTS)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    clip = float(np.sort(np.abs(expected))[1])
+    clipped = learned.Config(**settings, normalise=True, clip=clip)(completions=COMPLETIONS, prompts=PROMPTS)
+    np.testing.assert_allclose(clipped, np.clip(expected, -clip, clip), rtol=1e-4)
+    assert max(map(abs, clipped)) == clip < max(map(abs, found))
+    plain = learned.Config(**settings, normalise=False)(completions=COMPLETIONS, prompts=PROMPTS)
+    np.testing.assert_allclose(plain, raw, rtol=1e-4)
+
+
+def test_a_model_that_cannot_be_had_ends_the_run_before_it_starts(folder):
+    rewards = Rewards(functions=(learned.Config(source=str(folder), normalise=True),), weights=(1.0,))
+    with pytest.raises(FileNotFoundError, match=r"reward_normalisation.json is missing; make it with Normalisation.of"):
+        rewards.score(["hello"], [["good"]])
+    with pytest.raises(ValueError, match="glassllm-en is a language model where a reward model is expected"):
+        Rewards(functions=(learned.Config(source="glassllm-en", normalise=False),), weights=(1.0,)).check({})
+
+
+@pytest.mark.parametrize("scores", [[1.0], [2.0, 2.0], [1.0, np.nan]])
+def test_scores_that_give_no_unit_are_refused(scores):
+    with pytest.raises(ValueError, match="needs a finite mean, a std > 0 and 2 or more scores"):
+        Normalisation.of(np.array(scores))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="learned: clip must be > 0, or inf for none, got 0"):
+        learned.Config(source="x", normalise=False, clip=0.0)
+    with pytest.raises(ValueError, match="learned: batch_size must be >= 1, got 0"):
+        learned.Config(source="x", normalise=False, batch_size=0)

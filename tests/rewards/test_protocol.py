@@ -78,6 +78,8 @@ def test_a_completion_that_nothing_could_score_is_masked():
     scores = of(refuses_bad).score(PROMPTS, COMPLETIONS)
     np.testing.assert_array_equal(scores.scored, [[True, True, False], [True] * 3])
     assert math.isnan(scores.total[0, 2])
+    measured = of(refuses_bad, length, weights=(1.0, 0.0)).score(PROMPTS, COMPLETIONS)
+    np.testing.assert_array_equal(measured.scored, scores.scored)
     nothing = of(lambda completions: 1 / 0).score(["a"], [["x"]])
     assert not nothing.scored.any()
     assert math.isnan(nothing.metrics()["rewards/<lambda>/mean"])
@@ -231,7 +233,8 @@ def test_the_value_is_frozen_and_hashable():
     [
         ({"functions": (), "weights": ()}, "0 functions with 0 weights"),
         ({"weights": (1.0, 2.0)}, "1 functions with 2 weights; give one weight for each"),
-        ({"weights": (math.nan,)}, "weights must be finite"),
+        ({"weights": (math.nan,)}, r"weights must be finite and not all 0, got \(nan,\)"),
+        ({"weights": (0.0,)}, "weights must be finite and not all 0"),
         ({"names": ("a", "b")}, "1 functions with 2 names"),
         ({"functions": (length, length), "weights": (1.0, 1.0)}, "two rewards have one name among length, length; set"),
         ({"timeout_seconds": 0.0}, "timeout_seconds must be > 0 and finite, got 0"),

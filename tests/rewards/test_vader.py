@@ -27,3 +27,13 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
     vader._analyzer.cache_clear()
     with pytest.raises(ImportError, match=r"pjpo\[rewards\]"):
         vader.reward(["a great film"])
+
+
+def test_as_a_reward_it_reads_prompt_and_completion_as_one_text():
+    prompts, completions = ["It was not", "It was"], [" great", " great"]
+    whole = vader.reward(["It was not great", "It was great"]).tolist()
+    assert whole[0] < 0 < whole[1]
+    assert vader.Config()(completions=completions, prompts=prompts) == whole
+    alone = vader.Config(whole=False)(completions=completions, prompts=prompts)
+    assert alone == vader.reward(completions).tolist()
+    assert alone[0] > 0
