@@ -47,7 +47,7 @@ from pjpo.packing import pack
 from pjpo.types import Batch
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-WIDTH_STEP, PLACE_STEP = 64, 256  # widths and packed places are rounded up to these: few shapes, little padding
+WIDTH_STEP, PLACE_STEP = 64, 64  # widths and packed places are rounded up to these: few shapes, little padding
 
 
 def main() -> None:

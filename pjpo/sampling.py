@@ -1,6 +1,7 @@
 """Decoding under jit: each prompt is prefilled once for its N completions, which grow token by token in a KV cache.
 
-A sequence's tokens depend on its own key and prompt alone, never on what else is in the batch or how it is padded.
+A sequence's tokens depend on its own key and prompt alone, never on what else is in the batch or how it is padded. As
+completions end, those that still grow move together, into half the rows (`Sampling.halvings`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Sampling:
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     min_p: float = 0.0  # drop tokens less likely than this fraction of the likeliest
     stop_tokens: tuple[int, ...] = ()  # a completion ends with the first of these, which it includes
+    halvings: int = 0  # how often the batch may shrink by half, once as few grow; each is compiled by itself
 
     def __post_init__(self):
         checks = {
@@ -43,6 +45,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, ">= 0"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "halvings": (self.halvings >= 0, ">= 0"),
             "stop_tokens": (all(token >= 0 for token in self.stop_tokens), "token ids, >= 0"),
         }
         for name, (good, allowed) in checks.items():
@@ -114,27 +117,78 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
     params = transpose_kernels(config, params)
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))
     start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
+    growing = _Growing(
+        visible, length, keys, jnp.broadcast_to(first, shape), jnp.zeros(shape, bool), caches, jnp.int32(0), start
+    )
 
-    def running(carry):
-        step, _, ended, _, _ = carry
-        return (step < sampling.max_completion_tokens) & ~ended.all()
-
-    def grow(carry):
-        step, inputs, ended, caches, out = carry
-        attend = Partial(attention.decode, visible, step)
-        positions = jnp.broadcast_to(length - 1 + step, shape)
-        hidden, caches = decoder.apply(params, inputs, positions, attend, caches)
+    def grow(now: _Growing) -> _Growing:
+        attend = Partial(attention.decode, now.visible, now.step)
+        positions = jnp.broadcast_to(now.length - 1 + now.step, now.ended.shape)
+        hidden, caches = decoder.apply(params, now.inputs, positions, attend, now.caches)
         logits = soft_cap(few_rows(hidden, table.T, table), config.logit_softcap)  # [B, N, V]
-        tokens = jnp.where(ended, 0, choose(sampling, logits, _step_keys(keys, step)))
+        tokens = jnp.where(now.ended, 0, choose(sampling, logits, _step_keys(now.keys, now.step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        logps = jnp.where(ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))
-        new = Completions(tokens, ~ended, logps)
-        out = jax.tree.map(lambda whole, x: whole.at[:, :, step].set(x.astype(whole.dtype)), out, new)
-        stopped = jnp.isin(tokens, jnp.array(sampling.stop_tokens, jnp.int32))
-        return step + 1, tokens, ended | stopped, caches, out
+        logps = jnp.where(now.ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))
+        new = Completions(tokens, ~now.ended, logps)
+        out = jax.tree.map(lambda whole, x: whole.at[:, :, now.step].set(x.astype(whole.dtype)), now.out, new)
+        ended = now.ended | jnp.isin(tokens, jnp.array(sampling.stop_tokens, jnp.int32))
+        return now._replace(inputs=tokens, ended=ended, caches=caches, step=now.step + 1, out=out)
 
-    carry = (jnp.int32(0), jnp.broadcast_to(first, shape), jnp.zeros(shape, bool), caches, start)
-    return jax.lax.while_loop(running, grow, carry)[-1]
+    def finish(now: _Growing, halvings: int) -> Completions:
+        num_rows = now.ended.size
+        enough = num_rows // 2 if halvings else 0  # go on until so few grow
+
+        def more(now: _Growing):
+            return (now.step < sampling.max_completion_tokens) & ((~now.ended).sum() > enough)
+
+        now = jax.lax.while_loop(more, grow, now)
+        if not enough:
+            return now.out
+        rows = jnp.argsort(now.ended.reshape(-1), stable=True)[:enough]  # those that grow come first
+        rest = finish(now.only(rows, layers_axis=config.scan_layers), halvings - 1)
+        return jax.tree.map(
+            lambda whole, part: whole.reshape(num_rows, -1).at[rows].set(part[:, 0]).reshape(whole.shape), now.out, rest
+        )
+
+    return finish(growing, sampling.halvings)
+
+
+class _Growing(NamedTuple):
+    """Completions on their way: N of each of B prompts."""
+
+    visible: Bool[Array, "B P"]  # prompt tokens that completions look back at
+    length: Int[Array, "B 1"]  # of each prompt
+    keys: Array  # [B, N]
+    inputs: Int[Array, "B N"]  # the newest tokens
+    ended: Bool[Array, "B N"]
+    caches: tuple  # each layer's, see `attention.decode_cache`; stacked on axis 0 where layers are scanned
+    step: Int[Array, ""]
+    out: Completions
+
+    def only(self, rows: Int[Array, " R"], *, layers_axis: bool) -> _Growing:
+        """Some of the B*N completions, each with its prompt's cache for itself: R prompts, of one completion each."""
+        of_prompts = rows // self.ended.shape[1]
+
+        def own(x: Array) -> Array:  # [B, N, ..] -> [R, 1, ..]
+            return x.reshape(-1, 1, *x.shape[2:])[rows]
+
+        def cached(x: Array, rows: Array) -> Array:
+            return x[:, rows] if layers_axis else x[rows]
+
+        def cache(layer: tuple) -> tuple:
+            prompt_k, prompt_v, keys, values = layer
+            return cached(prompt_k, of_prompts), cached(prompt_v, of_prompts), cached(keys, rows), cached(values, rows)
+
+        return _Growing(
+            visible=self.visible[of_prompts],
+            length=self.length[of_prompts],
+            keys=own(self.keys),
+            inputs=own(self.inputs),
+            ended=own(self.ended),
+            caches=cache(self.caches) if layers_axis else tuple(map(cache, self.caches)),
+            step=self.step,
+            out=jax.tree.map(own, self.out),
+        )
 
 
 def choose(sampling: Sampling, logits: Float[Array, "B N V"], keys: Array) -> Int[Array, "B N"]:

@@ -228,9 +228,35 @@ def test_decoding_stops_when_every_completion_has_ended(monkeypatch):
     np.testing.assert_array_equal(completions.mask.sum(-1), 1)
 
 
+@pytest.mark.parametrize("name", ["plain", "scanned adapters, own head"])
+def test_completions_that_still_grow_move_into_half_the_rows(name, monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        "pjpo.sampling._step_keys",
+        lambda keys, step: (jax.debug.callback(lambda _: rows.append(keys.size), step), fold(keys, step))[1],
+    )
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(0, None))
+    policy = tiny.make_policy(**MODELS[name], rope_theta=103.0)  # a config of its own: nothing compiled before is used
+    params, prompts = tiny.make_params(policy), make_prompts()
+    settings = dataclasses.replace(SETTINGS, max_completion_tokens=16, stop_tokens=(0, 3, 5, 8, 11, 17, 22, 30))
+    whole = policy.generate(params, prompts, jax.random.key(0), settings)
+    jax.effects_barrier()
+    assert rows == [12] * int(whole.mask.sum(-1).max())
+    rows.clear()
+    shrunk = policy.generate(params, prompts, jax.random.key(0), dataclasses.replace(settings, halvings=2))
+    jax.effects_barrier()
+    growing = whole.mask.sum((0, 1))[: len(rows)]  # completions, by step
+    assert rows == [3 if count <= 3 else 6 if count <= 6 else 12 for count in growing.tolist()]
+    assert {6, 12} <= set(rows)
+    np.testing.assert_array_equal(shrunk.tokens, whole.tokens)
+    np.testing.assert_array_equal(shrunk.mask, whole.mask)
+    np.testing.assert_allclose(shrunk.logps, whole.logps, rtol=0, atol=LOGPS_BOUND)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"halvings": -1}, "halvings must be >= 0, got -1"),
         ({"max_completion_tokens": 0}, "max_completion_tokens must be >= 1, got 0"),
         ({"num_completions": 0}, "num_completions must be >= 1, got 0"),
         *[({"temperature": x}, f"temperature must be >= 0 and finite, got {x}") for x in (-0.1, np.inf, np.nan)],
