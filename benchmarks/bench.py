@@ -291,15 +291,21 @@ def generate(bench: Bench) -> dict:
     prompts = [np.array(some, np.int32) for some in prompts]
     config = bench.policy.config
     params = jax.tree.map(lambda x: jnp.array(x, config.dtype), bench.policy.init(jax.random.key(0)))
+    # Any token is about as likely as another one, so a completion ends after `mean_tokens` on average.
+    stops = range(config.vocab_size // job["mean_tokens"]) if "mean_tokens" in job else ()
     settings = sampling.Sampling(
-        num_completions=group, max_completion_tokens=job["new_tokens"], temperature=0.0 if job["greedy"] else 1.0
+        num_completions=group,
+        max_completion_tokens=job["new_tokens"],
+        temperature=0.0 if job["greedy"] else 1.0,
+        stop_tokens=tuple(stops),
     )
-    runs = {}
-    names = (
-        ["default", "plain_products"] + ["no_sharing"] * (group > 1) + ["weights_bf16"] * (config.dtype == "float32")
-    )
+    runs, halvings = {}, {f"halvings_{n}": n for n in (1, 2, 3) if stops}
+    names = ["default", *halvings, "plain_products"] + ["no_sharing"] * (group > 1)
+    names += ["weights_bf16"] * (config.dtype == "float32")
     for name in bench.chosen(names):
         repeats, own, policy, weights = 1, settings, bench.policy, params
+        if name in halvings:
+            own = dataclasses.replace(settings, halvings=halvings[name])
         if name == "weights_bf16":
             policy = Policy(dataclasses.replace(config, param_dtype="bfloat16"))
             weights = jax.tree.map(lambda x: x.astype("bfloat16"), params)
@@ -315,8 +321,9 @@ def generate(bench: Bench) -> dict:
         program, facts = bench.compile(name, call, weights, *inputs(prompts[0]))
         run = lambda i, p=program, w=weights, inputs=inputs: p(w, *inputs(prompts[i]))  # noqa: E731
         runs[name] = run, facts
-    rows, (_, flops) = job["batch"] * group, bench.work(job["prompt"], job["new_tokens"] - 1, 1, job["new_tokens"])
-    work = [(rows * job["new_tokens"], rows * flops)] * bench.num_steps
+    count = job.get("mean_tokens", job["new_tokens"])
+    rows, (_, flops) = job["batch"] * group, bench.work(job["prompt"], count - 1, 1, count)
+    work = [(rows * count, rows * flops)] * bench.num_steps
     return bench.take_turns({n: run for n, (run, _) in runs.items()}, work, {n: f for n, (_, f) in runs.items()})
 
 
