@@ -99,6 +99,15 @@ def test_the_rate_follows_the_schedule():
     assert [float(x["norm"]["scale"][0]) for x in (first, second)] == [-2, -4]
 
 
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "adafactor", "sgd"])
+def test_twice_the_rate_is_twice_the_update_whatever_the_rule(name):
+    def first(rate):
+        optimizer = optim.make_optimizer(optim.Config(learning_rate=1.0, name=name), lambda _: rate)
+        return optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0]
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 2 * y, rtol=1e-6), first(0.2), first(0.1))
+
+
 def test_moments_are_those_of_the_trained_leaves():
     state = optim.make_optimizer(optim.Config(learning_rate=1.0), lambda _: 1.0).init({"norm": PARAMS["norm"]})
     assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(), (1,)}

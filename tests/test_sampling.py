@@ -154,6 +154,10 @@ def test_temperature_raises_to_a_power():
     assert_drawn_from(np.array([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001]) ** 2, temperature=0.5)
 
 
+def test_the_smallest_temperature_is_greedy():
+    assert_drawn_from([0, 1, 0, 0, 0, 0, 0, 0], temperature=1e-38)
+
+
 def test_top_k_keeps_the_likeliest():
     assert_drawn_from([0, 0.3, 0, 0.25, 0, 0.2, 0, 0], top_k=3)
     assert_drawn_from([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001], top_k=100)
@@ -195,6 +199,16 @@ def test_impossible_tokens_are_never_drawn():
     counts = frequencies(logits)
     assert counts[[0, 255, 256, 599]].sum() == counts.sum()
     assert stats.chisquare(counts[[0, 255, 256, 599]]).pvalue > 0.01
+
+
+def test_no_rounding_draws_an_impossible_token(monkeypatch):
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(1 - 2**-24))  # the largest there is
+    logits = 2 * np.random.default_rng(0).normal(size=(1, 4000, 512)).astype(np.float32)
+    logits[..., [256, 511]] = -np.inf  # at both ends of the last block
+    drawn = choose(
+        Sampling(max_completion_tokens=1), jnp.asarray(logits), jax.random.split(jax.random.key(0), (1, 4000))
+    )
+    assert np.isfinite(np.take_along_axis(logits, np.asarray(drawn)[..., None], axis=-1)).all()
 
 
 def test_a_completion_ends_with_its_stop_token_and_is_zero_after():

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pjpo.models import load, lora, save
@@ -147,6 +148,41 @@ def test_all_or_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save(tmp_path / "deep" / "here", *model)
     assert not list((tmp_path / "deep").iterdir())
+
+
+def test_what_appears_meanwhile_is_kept(model, tmp_path, monkeypatch):
+    def slow(*_, **__):
+        (tmp_path / "here").mkdir()
+        (tmp_path / "here" / "thesis.tex").write_text("mine")
+
+    monkeypatch.setattr(Tokenizer, "save", slow)
+    with pytest.raises(FileExistsError, match="here is not empty, and nothing is written over"):
+        save(tmp_path / "here", *model)
+    assert [path.name for path in tmp_path.glob("*here*")] == ["here"]
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["thesis.tex"]
+
+
+def test_what_transformers_asks_of_the_files(model, tmp_path):
+    folder = save(tmp_path / "here", *model)
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
+    assert tokens == model[0].config.max_positions
+
+
+def test_bfloat16_weights_take_their_adapters_in_float32(model, tmp_path):
+    policy, params, tokenizer = with_adapters(tmp_path / "there", param_dtype="bfloat16")
+    merged = tensors_of(save(tmp_path / "merged", policy, params, tokenizer))["model.layers.0.mlp.down_proj.weight"]
+    a, b = (np.asarray(params["lora"]["layers_0"]["down_adapter"][leaf]) for leaf in "ab")
+    weight = np.asarray(params["params"]["layers_0"]["down"]["kernel"])
+    np.testing.assert_array_equal(merged, (weight.astype(np.float32) + 3 * (a @ b)).astype(weight.dtype).T)
+
+
+def test_adapters_of_another_policy_are_refused(model, tmp_path):
+    _, params, tokenizer = with_adapters(tmp_path / "there")
+    with pytest.raises(ValueError, match="the parameters hold adapters, but the policy has none; give the policy"):
+        save(tmp_path / "here", model[0], params, tokenizer)
+    assert not (tmp_path / "here").exists()
 
 
 def test_adapters_alone_need_adapters(model, tmp_path):
