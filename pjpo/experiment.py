@@ -118,16 +118,16 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
         _report(folder, say)
         if isinstance(ended, FloatingPointError):
             raise
-        raise train.Stopped(f"{ended}\n{_how_to_go_on(name, folder)}") from None
+        raise train.Stopped(f"{ended}\n{how_to_go_on(name, folder)}") from None
     except KeyboardInterrupt:
         about = "stopped at once; updates after the last checkpoint will be repeated"
-        raise train.Stopped(f"{about}\n{_how_to_go_on(name, folder)}") from None
+        raise train.Stopped(f"{about}\n{how_to_go_on(name, folder)}") from None
     except Exception as error:
         if not distributed.is_loss(error):
             if isinstance(error, ValueError) and not resume and distributed.is_first():
                 runs.discard(folder)
             raise
-        raise distributed.Lost(f"{distributed.about_loss(error)}\n{_how_to_go_on(name, folder)}") from None
+        raise distributed.Lost(f"{distributed.about_loss(error)}\n{how_to_go_on(name, folder)}") from None
     _report(folder, say)
     return folder.path
 
@@ -187,7 +187,7 @@ def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
         runs.import_wandb()
 
 
-def _how_to_go_on(name: str, folder: runs.RunFolder) -> str:
+def how_to_go_on(name: str, folder: runs.RunFolder) -> str:
     return "Go on with: " + shlex.join(["python", "-m", f"experiments.{name}", "--resume", str(folder.path)])
 
 

@@ -265,8 +265,8 @@ def import_wandb() -> Any:
 
 
 def discard(folder: RunFolder) -> None:
-    """Removes a new run's folder if nothing was logged: its settings were refused by the first evaluation."""
-    if not (folder.path / "metrics.jsonl").exists():
+    """Removes a new run's folder if nothing was measured: settings that only the first measurement could refuse."""
+    if not any((folder.path / name).exists() for name in ("metrics.jsonl", "samples.jsonl")):
         shutil.rmtree(folder.path)
 
 

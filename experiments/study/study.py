@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from experiments import registry
 from experiments.claims.claim import Above, Numbers, Within, interval
 from experiments.study import bench
-from pjpo import report, runs
-from pjpo.experiment import describe
+from pjpo import report, runs, train
+from pjpo.experiment import describe, how_to_go_on
 
 Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the checks that must all hold
 
@@ -82,6 +82,7 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
 
     Raises:
         ValueError: the folder to resume holds something else, or a new one cannot be written.
+        train.Stopped: interrupted; the seeds that are done are kept.
     """
     config = describe(study)
     if not resume:
@@ -90,13 +91,21 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
     folder = runs.open(resume, name, config, may_change=["num_seeds"]) if resume else runs.create(root, name, config)
     say(f"run: {folder.path}")
     done = {row["step"]: row for row in runs.read(folder.path).samples}
-    with folder:
-        for seed in tqdm.trange(study.num_seeds, desc=name, unit="seed", disable=None):
-            if seed not in done:
-                began = time.perf_counter()
-                numbers = dict(study.measure(begin, seed))
-                done[seed] = {"kind": "seed", "numbers": numbers, "minutes": (time.perf_counter() - began) / 60}
-                folder.sample(seed, [done[seed]])
+    try:
+        with folder:
+            for seed in tqdm.trange(study.num_seeds, desc=name, unit="seed", disable=None):
+                if seed not in done:
+                    began = time.perf_counter()
+                    numbers = dict(study.measure(begin, seed))
+                    done[seed] = {"kind": "seed", "numbers": numbers, "minutes": (time.perf_counter() - began) / 60}
+                    folder.sample(seed, [done[seed]])
+    except ValueError:
+        if not resume:
+            runs.discard(folder)
+        raise
+    except KeyboardInterrupt:
+        about = "stopped at once; the seed under way will be repeated"
+        raise train.Stopped(f"{about}\n{how_to_go_on(name, folder)}") from None
     rows = [done[seed] for seed in range(study.num_seeds)]
     numbers = [row["numbers"] for row in rows]
     verdicts = judged(study, numbers)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.study import bench, study
-from pjpo import runs
+from pjpo import runs, train
 
 
 class NoModel(bench.Config):
@@ -73,6 +73,29 @@ def test_going_on_measures_new_seeds_alone(folder, said):
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["numbers"]["b: x"] for row in rows] == [0, 10, 20, 30]
     assert "4 seeds" in (folder / "result.md").read_text()
+
+
+def test_an_interruption_keeps_what_is_measured_and_says_how_to_go_on(tmp_path, said, monkeypatch):
+    def measure(self, start, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return {"a: x": float(seed)}
+
+    monkeypatch.setattr(MadeUp, "measure", measure)
+    with pytest.raises(train.Stopped, match=r"Go on with: python -m experiments.made_up --resume .*made_up"):
+        study.run("made_up", MadeUp(), root=tmp_path, say=said.append)
+    (folder,) = tmp_path.glob("made_up/*")
+    assert [row["step"] for row in runs.read(folder).samples] == [0]
+
+
+def test_what_the_first_seed_refuses_leaves_no_folder(tmp_path, said, monkeypatch):
+    def measure(self, start, seed):
+        raise ValueError("made up: no such setting")
+
+    monkeypatch.setattr(MadeUp, "measure", measure)
+    with pytest.raises(ValueError, match="no such setting"):
+        study.run("made_up", MadeUp(), root=tmp_path, say=said.append)
+    assert not list(tmp_path.glob("made_up/*"))
 
 
 def test_other_settings_are_refused(folder, said):
