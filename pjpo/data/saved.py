@@ -23,12 +23,20 @@ def save(path: pathlib.Path, data: Data) -> None:
 
 
 def load(path: pathlib.Path) -> Data:
-    """What `save` wrote."""
-    first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    """What `save` wrote.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
     parts = {"train": Examples(), "held_out": Examples()}
-    for row in rows:
-        parts[row.pop("part")].append(_example(row))
-    return Data(**parts, **{name: tuple(value) if isinstance(value, list) else value for name, value in first.items()})
+    try:
+        first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        for row in rows:
+            parts[row.pop("part")].append(_example(row))
+        about = {name: tuple(value) if isinstance(value, list) else value for name, value in first.items()}
+        return Data(**parts, **about)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}), and the run's data with it; start a new run") from error
 
 
 def _plain(value):

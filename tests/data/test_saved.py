@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from pjpo.data import saved
 from pjpo.data.examples import Data, Example
@@ -25,3 +26,10 @@ def test_data_comes_back_as_it_was(tmp_path):
     for part in ("train", "held_out"):
         for a, b in zip(getattr(found, part), getattr(data, part), strict=True):
             assert_same(a, b)
+
+
+@pytest.mark.parametrize("lines", ["", "{", "[]", "{}\n{}", '{"counts": {}}\n{"part": "train"}', "{}\n[]", "\xe9"])
+def test_a_damaged_file_is_named(tmp_path, lines):
+    (tmp_path / "pairs.jsonl").write_text(lines, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"pairs.jsonl is damaged .*; start a new run"):
+        saved.load(tmp_path / "pairs.jsonl")
