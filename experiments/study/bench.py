@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pjpo import models, optim, rollouts, sharding, step
+from pjpo import checks, models, optim, rollouts, sharding, step
 from pjpo.data import reviews
 from pjpo.data.batches import Batches, in_order
 from pjpo.data.buckets import Buckets, collate
@@ -34,6 +34,7 @@ class Training:
     optimizer: optim.Config = dataclasses.field(default_factory=lambda: optim.Config(learning_rate=3e-4))
 
     def __post_init__(self):
+        checks.at_least(self, 1, "num_steps", "batch_size")
         if list(self.looks) != sorted({n for n in self.looks if 0 < n < self.num_steps}):
             raise ValueError(f"training: looks must ascend within 1 and {self.num_steps - 1}, got {self.looks}")
 
@@ -47,6 +48,9 @@ class Config:
     opening_tokens: int = 8
     max_completion_tokens: int = 24
     num_completions: int = 8  # of each held-out opening
+
+    def __post_init__(self):
+        checks.at_least(self, 1, "num_held_out", "opening_tokens", "max_completion_tokens", "num_completions")
 
     def load(self) -> Bench:
         settings = {field.name: getattr(self.model, field.name) for field in dataclasses.fields(self.model)}

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from experiments import registry
 from experiments.claims.claim import Above, Numbers, Within, interval
 from experiments.study import bench
-from pjpo import report, runs, train
+from pjpo import optim, report, runs, train
 from pjpo.experiment import describe, how_to_go_on
 
 Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the checks that must all hold
@@ -46,6 +46,9 @@ class Study(abc.ABC):
     def __post_init__(self):
         if self.num_seeds < 2:
             raise ValueError(f"study: num_seeds must be >= 2 for an interval, got {self.num_seeds}")
+        for name, value in vars(self).items():
+            if name.startswith("num_") and value < 1:
+                raise ValueError(f"study: {name} must be >= 1, got {value}")
 
     @abc.abstractmethod
     def measure(self, start: Any, seed: int) -> Numbers:
@@ -85,6 +88,9 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
         train.Stopped: interrupted; the seeds that are done are kept.
     """
     config = describe(study)
+    for part in vars(study).values():
+        if isinstance(part, bench.Training):
+            optim.make_schedule(part.optimizer, part.num_steps)  # refuses a warm-up that outlasts it
     if not resume:
         runs.check_root(root)
     begin = study.start.load()  # first: a model that cannot be loaded leaves no folder behind

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from experiments import rdpo_glass
 from experiments.study import bench, study
-from pjpo import runs, train
+from pjpo import optim, runs, train
 
 
 class NoModel(bench.Config):
@@ -96,6 +97,21 @@ def test_what_the_first_seed_refuses_leaves_no_folder(tmp_path, said, monkeypatc
     with pytest.raises(ValueError, match="no such setting"):
         study.run("made_up", MadeUp(), root=tmp_path, say=said.append)
     assert not list(tmp_path.glob("made_up/*"))
+
+
+def test_counts_and_schedules_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(NoModel, "load", lambda self: pytest.fail("loaded"))
+    slow = bench.Training(num_steps=3, optimizer=optim.Config(learning_rate=1.0, warmup_steps=3))
+    with pytest.raises(ValueError, match="warmup_steps 3 must be below num_steps 3"):
+        study.run("made_up", MadeUp(training=slow), root=tmp_path)
+    for settings in ({"num_steps": 0}, {"num_steps": 2, "batch_size": 0}):
+        with pytest.raises(ValueError, match=f"bench: {list(settings)[-1]} must be >= 1, got 0"):
+            bench.Training(**settings)
+    for name in ("num_held_out", "opening_tokens", "max_completion_tokens", "num_completions"):
+        with pytest.raises(ValueError, match=f"bench: {name} must be >= 1, got 0"):
+            bench.Config(**{name: 0})
+    with pytest.raises(ValueError, match="study: num_openings must be >= 1, got -3"):
+        dataclasses.replace(rdpo_glass.EXPERIMENT, num_openings=-3)
 
 
 def test_other_settings_are_refused(folder, said):
