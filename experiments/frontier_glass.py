@@ -32,12 +32,18 @@ class Study(study.Study):
         "glassllm continues openings of film reviews, best against worst of 4 samples by VADER; every setting of a "
         "method and every stop on the way is a point, and the best one within a budget of KL counts."
     )
+    optional: ClassVar = ("stops",)
     betas: tuple[float, ...] = (0.05, 0.1, 1.0, 5.0)  # of DPO, the paper's
     weights: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)  # of unlikelihood's second term
     stops: tuple[int, ...] = (12, 24, 48)  # updates, beside the last
     budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of KL, nats a completion
     num_openings: int = 1024  # a training pair of each whose samples differ
     num_completions: int = 4  # samples of an opening
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(budget > 0 for budget in self.budgets):
+            raise ValueError(f"study: budgets must be > 0 nats, got {self.budgets}")
 
     def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
         openings = start.openings("train", self.num_openings, seed)

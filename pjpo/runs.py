@@ -268,6 +268,8 @@ def discard(folder: RunFolder) -> None:
     """Removes a new run's folder if nothing was measured: settings that only the first measurement could refuse."""
     if not any((folder.path / name).exists() for name in ("metrics.jsonl", "samples.jsonl")):
         shutil.rmtree(folder.path)
+        with contextlib.suppress(OSError):  # other runs of the experiment
+            folder.path.parent.rmdir()
 
 
 def read(path: str | os.PathLike) -> Run:

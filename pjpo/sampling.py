@@ -193,7 +193,7 @@ class _Growing(NamedTuple):
 
 def choose(sampling: Sampling, logits: Float[Array, "B N V"], keys: Array) -> Int[Array, "B N"]:
     """The next token of each sequence: the likeliest, or one drawn with its own key."""
-    if sampling.temperature == 0:
+    if sampling.temperature < jnp.finfo(logits.dtype).tiny:  # 0, or taken for it by the division below
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits - logits.max(-1, keepdims=True)  # first, so that no temperature is too small
     return _draw(_keep_likely(sampling, logits / sampling.temperature), keys)

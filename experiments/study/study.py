@@ -38,6 +38,7 @@ class Study(abc.ABC):
 
     paper: ClassVar[str]
     setting: ClassVar[str]  # what is run, a sentence
+    optional: ClassVar[tuple[str, ...]] = ()  # fields that may be empty
     start: Any  # what trainings begin from; a config whose `load()` gives what `measure` takes
     training: bench.Training
     num_seeds: int = 5  # at least two; a study that goes on may have more
@@ -49,6 +50,8 @@ class Study(abc.ABC):
         for name, value in vars(self).items():
             if name.startswith("num_") and value < 1:
                 raise ValueError(f"study: {name} must be >= 1, got {value}")
+            if value == () and name not in self.optional:
+                raise ValueError(f"study: {name} must name one value at least")
 
     @abc.abstractmethod
     def measure(self, start: Any, seed: int) -> Numbers:

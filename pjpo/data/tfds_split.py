@@ -24,6 +24,9 @@ class TfdsSplit:
             except tfds.core.DatasetNotFoundError:
                 near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
                 raise FileNotFoundError(f"TFDS has no data set {name!r}; near: {', '.join(near) or 'none'}") from None
+            except (ValueError, AssertionError) as error:  # how it tells of names, configs and versions
+                about = str(error).partition("\n")[0]
+                raise ValueError(f"TFDS refuses {name!r}: {about}; name it as in tfds:name/config:1.0.0") from error
         else:
             folder = pathlib.Path(location)
             if not (folder / "dataset_info.json").is_file():
@@ -44,6 +47,9 @@ class TfdsSplit:
         try:
             # tfds wraps this function in a way that hides its arguments from pyright.
             self._rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+        except (ValueError, AssertionError) as error:  # a part in brackets that it cannot cut
+            about = str(error).partition("\n")[0]
+            raise ValueError(f"{location} has no part {split!r}: {about}; cut as in #train[:80%]") from error
         except NotImplementedError as error:
             raise ValueError(
                 f"{location} is not stored as array_record, which is what can be read at random access; "

@@ -161,6 +161,12 @@ def test_tfds_splits_names_and_misses(tfds_folder, monkeypatch):
     assert len(open_source("tfds:tiny_rows:1.0.0#test")) == 2
     with pytest.raises(FileNotFoundError, match=r"near: .*tiny_rows"):
         open_source("tfds:tiny_row")
+    for name in ("", "tiny_rows:9.9.9", "tiny_rows/other:1.0.0", "a b"):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"^TFDS (refuses|has no data set) '{name}'[^\n]*$"):
+            open_source(f"tfds:{name}")
+    for part in ("train[:x]", "train[5:2:1]", "train["):
+        with pytest.raises(ValueError, match=r"has no part 'train\[.*; cut as in #train\[:80%\]$"):
+            open_source(f"{tfds_folder}#{part}")
 
 
 def test_tfds_in_another_format_is_refused(tfds_folder, tmp_path):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from experiments import rdpo_glass
+from experiments import frontier_glass, rdpo_glass
 from experiments.study import bench, study
 from pjpo import optim, runs, train
 
@@ -112,6 +112,11 @@ def test_counts_and_schedules_are_refused_before_anything_is_loaded(tmp_path, mo
             bench.Config(**{name: 0})
     with pytest.raises(ValueError, match="study: num_openings must be >= 1, got -3"):
         dataclasses.replace(rdpo_glass.EXPERIMENT, num_openings=-3)
+    with pytest.raises(ValueError, match="study: flip_rates must name one value at least"):
+        dataclasses.replace(rdpo_glass.EXPERIMENT, flip_rates=())
+    with pytest.raises(ValueError, match=r"study: budgets must be > 0 nats, got \(1.0, -1.0\)"):
+        dataclasses.replace(frontier_glass.EXPERIMENT, budgets=(1.0, -1.0))
+    assert dataclasses.replace(frontier_glass.EXPERIMENT, stops=()).stops == ()
 
 
 def test_other_settings_are_refused(folder, said):
