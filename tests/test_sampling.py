@@ -154,8 +154,9 @@ def test_temperature_raises_to_a_power():
     assert_drawn_from(np.array([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001]) ** 2, temperature=0.5)
 
 
-def test_the_smallest_temperature_is_greedy():
-    assert_drawn_from([0, 1, 0, 0, 0, 0, 0, 0], temperature=1e-38)
+def test_the_smallest_temperatures_are_greedy():
+    for temperature in (1e-38, 2e-38):  # below the least normal number of float32, and above
+        assert_drawn_from([0, 1, 0, 0, 0, 0, 0, 0], temperature=temperature)
 
 
 def test_top_k_keeps_the_likeliest():
