@@ -2,6 +2,22 @@
 
 No problem is both trained on and held out: they are told apart by their expression, where the generator names one, or
 else by their text, in either case without spaces. So "What is 2 + 3?" and "Calculate 2 + 3." are one problem.
+
+Where SmolLM2-135M-Instruct starts on sums and differences of two digits: right answers, greedily and at temperature 1,
+and mixed groups, those of 8 samples that are neither all right nor all wrong (standard errors over 64 problems in plain
+text, 32 in chats; JAX 0.10.2, float32, seed 0). Chats are read by the last number in them, plain texts by the first.
+The generator's settings are {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}.
+
+| task             | form  | shots | template                       | tokens | greedy    | sampled   | mixed |
+| ---------------- | ----- | ----- | ------------------------------ | ------ | --------- | --------- | ----- |
+| chain_sum        | plain | 4     | {expression} =                 | 4      | .45 ± .06 | .39 ± .04 | .66   |
+| the same, seed 1000                                               |        | .55 ± .06 | .36 ± .04 | .67   |
+| chain_sum        | plain | 2     | {expression} =                 | 4      | .48 ± .06 | .39 ± .05 | .56   |
+| chain_sum        | plain | 8     | {expression} =                 | 4      | .45 ± .06 | .38 ± .05 | .58   |
+| chain_sum        | chat  | 2     | {expression} =                 | 8      | .06 ± .04 | .06 ± .02 | .38   |
+| chain_sum        | chat  | 0     | as it comes                    | 16     | .25 ± .08 | .10 ± .02 | .59   |
+| chain_sum        | chat  | 0     | What is {expression}? Reply... | 16     | .62 ± .09 | .16 ± .03 | .72   |
+| basic_arithmetic | chat  | 0     | as it comes; + and - alone     | 16     | .31 ± .08 | .20 ± .04 | .62   |
 """
 
 from __future__ import annotations
@@ -84,6 +100,8 @@ class Config:
             problem = _problem(entry)
             if problem not in seen:
                 seen.add(problem)
+                if not found:
+                    self._check_scorer(entry)
                 found[f"{self.task}:{index}"] = plain(entry)
             if len(found) == num_wanted:
                 return found
@@ -91,6 +109,15 @@ class Config:
             f"tasks: {self.task} with {self.settings} has only {len(found)} different problems in {DRAWS * num_wanted} "
             f"draws, but num_shots + num_held_out + num_train is {num_wanted}; lower these, or widen settings"
         )
+
+    def _check_scorer(self, entry: dict[str, Any]) -> None:
+        """Some scorers want tuples, and examples are kept as JSON, which has none."""
+        score, kept = package().get_score_answer_fn(self.task), json.loads(json.dumps(plain(entry)))
+        if score(kept["answer"], kept) != score(entry["answer"], entry):
+            raise ValueError(
+                f"tasks: the scorer of {self.task} does not understand its problems any more once they were kept as "
+                "JSON; choose another task"
+            )
 
     def row(self, entry: dict[str, Any], shots: list[dict[str, Any]]) -> Row:
         """The problem as a prompt behind `shots`."""

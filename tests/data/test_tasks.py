@@ -105,6 +105,7 @@ def test_the_seed_decides():
             {"template": "{expr} ="},
             "template '{expr} =' cannot be filled: KeyError.*its places: .*expression.*question",
         ),
+        ({"task": "rearc", "settings": "{}"}, "the scorer of rearc does not understand its problems any more"),
         ({"template": "{"}, "template '{' cannot be filled"),
     ],
 )
