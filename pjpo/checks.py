@@ -28,6 +28,33 @@ def not_negative(config: Any, *fields: str) -> None:
         _check(config, field, 0 <= getattr(config, field) < math.inf, ">= 0 and finite")
 
 
+def above(config: Any, bound: float | int, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: a field that is not > `bound` and finite.
+    """
+    for field in fields:
+        _check(config, field, bound < getattr(config, field) < math.inf, f"> {bound} and finite")
+
+
+def between(config: Any, low: float | int, high: float | int, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: a field outside of [low, high].
+    """
+    for field in fields:
+        _check(config, field, low <= getattr(config, field) <= high, f"in [{low}, {high}]")
+
+
+def finite(config: Any, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: a field that is nan or infinite.
+    """
+    for field in fields:
+        _check(config, field, math.isfinite(getattr(config, field)), "finite")
+
+
 def at_least(config: Any, least: int, *fields: str) -> None:
     """
     Raises:

@@ -21,6 +21,7 @@ class Config:
     [
         (checks.positive, (1e-30, 1e30), (0.0, -0.1, math.inf, math.nan), "> 0 and finite"),
         (checks.not_negative, (0.0, 1e30), (-1e-30, math.inf, math.nan), ">= 0 and finite"),
+        (checks.finite, (-1e30, 0.0, 1e30), (-math.inf, math.inf, math.nan), "finite"),
     ],
 )
 def test_bounds(check, good, bad, allowed):
@@ -35,6 +36,18 @@ def test_least():
     checks.at_least(Config(weight=2), 2, "weight")
     with pytest.raises(ValueError, match="test_checks: weight must be >= 3, got 2"):
         checks.at_least(Config(weight=2), 3, "weight")
+
+
+def test_ranges():
+    for weight in (1.0, 2.0):
+        checks.between(Config(weight=weight), 1, 2, "weight")
+    for weight in (0.99, 2.01, math.nan):
+        with pytest.raises(ValueError, match=rf"test_checks: weight must be in \[1, 2\], got {weight}"):
+            checks.between(Config(weight=weight), 1, 2, "weight")
+    checks.above(Config(weight=1.01), 1, "weight")
+    for weight in (1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"test_checks: weight must be > 1 and finite, got {weight}"):
+            checks.above(Config(weight=weight), 1, "weight")
 
 
 def test_flip_rate():

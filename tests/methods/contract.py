@@ -26,8 +26,11 @@ class Contract:
     """What neither signature nor types of a method say."""
 
     configs: tuple = ()  # settings to check beside the defaults, one for each branch of the loss
+    start: Any = None  # the settings whose fields are nudged, where the defaults leave some of them unread
     fields: Callable = lambda rng, shape: {}  # fields of the batch that differ from those of `Method.example`
     arguments: Callable = lambda rng, shape: {}  # further arguments of the loss, prompts on axis 0
+    rollout: Callable = lambda rng, shape: {}  # further arguments of `Config.advantages`, prompts on axis 0
+    also: Callable = lambda config: ()  # numbers that a config computes beside the loss and the advantages
     nudged: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # another legal value of a field
     bad: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # refused values; default: nan, infinite, < 0
 
@@ -56,6 +59,14 @@ class Method:
         self.reads_logps, self.has_reference = "logps" in self.outputs, annotations["ref_logps"] is not None
         axis = annotations[self.outputs[0]].dim_str.split()[1]
         self.shape = SHAPE[0], int(axis) if axis.isdigit() else SHAPE[1], SHAPE[2]
+
+    @property
+    def start(self):
+        return self.contract.start or self.Config()
+
+    def rollout(self, seed: int = 0) -> dict:
+        """What `Config.advantages` takes beside the batch."""
+        return self.contract.rollout(np.random.default_rng(seed), self.shape)
 
     @property
     def configs(self) -> list:
@@ -91,7 +102,7 @@ class Method:
         """(field, value) for every numeric field."""
         values = []
         for field in dataclasses.fields(self.Config):
-            number = getattr(self.Config(), field.name)
+            number = getattr(self.start, field.name)
             if isinstance(number, int | float) and not isinstance(number, bool):
                 default = (float("nan"), float("inf"), float("-inf"), -1.0) if isinstance(number, float) else (-1,)
                 values += [(field.name, value) for value in self.contract.bad.get(field.name, default)]
@@ -102,12 +113,12 @@ class Method:
     def nudged(self) -> list:
         """(field, config in which this field alone differs) for every field."""
         return [
-            (f.name, dataclasses.replace(self.Config(), **{f.name: self._other(f)}))
+            (f.name, dataclasses.replace(self.start, **{f.name: self._other(f)}))
             for f in dataclasses.fields(self.Config)
         ]
 
     def _other(self, field):
-        value = getattr(self.Config(), field.name)
+        value = getattr(self.start, field.name)
         if field.name in self.contract.nudged:
             return self.contract.nudged[field.name]
         if isinstance(value, bool):

@@ -251,12 +251,74 @@ def test_the_order_of_rows_changes_nothing(method):
 
 def test_every_field_has_an_effect(method):
     arguments = on_device(method.example())
-    means, gradient = outcome(method, method.Config(), arguments)
+
+    def effects(config):
+        batch, *others = arguments
+        if hasattr(config, "advantages"):
+            batch = config.advantages(batch, **method.rollout())
+        means, gradient = outcome(method, config, (batch, *others))
+        return jax.tree.leaves((means["loss"].value(), gradient, method.contract.also(config)))
+
+    expected = effects(method.start)
     for field, config in method.nudged():
-        other_means, other_gradient = outcome(method, config, arguments)
-        leaves = zip(*map(jax.tree.leaves, (gradient, other_gradient)), strict=True)
-        changed = means["loss"].value() != other_means["loss"].value() or any(jnp.any(x != y) for x, y in leaves)
-        assert changed, f"{method.name}: nothing reads {field}"
+        assert any(jnp.any(x != y) for x, y in zip(effects(config), expected, strict=True)), f"nothing reads {field}"
+
+
+class TestAdvantages:
+    """Of methods that make advantages of a scored rollout."""
+
+    @pytest.fixture(params=[name for name in NAMES if hasattr(Method(name).Config, "advantages")])
+    def method(self, request):
+        return Method(request.param)
+
+    @staticmethod
+    def found(method, config, example, rows=slice(None), jit=False, place=jnp.asarray):
+        """(advantages, labels) of some rows as a rollout."""
+        batch, others = jax.tree.map(lambda x: place(x[rows]), (example.batch, method.rollout()))
+        batch = dataclasses.replace(batch, advantages=None, labels=None)
+        batch = (jax.jit(config.advantages) if jit else config.advantages)(batch, **others)
+        return batch.advantages, batch.labels
+
+    def test_they_are_float32_of_completions_or_tokens_and_zero_where_nothing_is(self, method):
+        example = method.example()
+        mask = example.batch.loss_mask
+        for config in method.configs:
+            for found in jax.tree.leaves(self.found(method, config, example)):
+                assert found.dtype == jnp.float32
+                assert found.shape in (mask.shape, mask.shape[:2])
+                np.testing.assert_array_equal(found[~(mask if found.ndim == 3 else mask.any(-1))], 0)
+
+    def test_masked_tokens_have_no_effect(self, method):
+        example = method.example()
+        batch = example.batch
+        noise = np.where(batch.loss_mask, 0, np.float32(np.nan))
+        names = ("old_logps", "ref_logps", "values")
+        noisy = dataclasses.replace(batch, **{name: getattr(batch, name) + noise for name in names})
+        for config in method.configs:
+            found = self.found(method, config, dataclasses.replace(example, batch=noisy))
+            assert_same(found, self.found(method, config, example))
+
+    def test_finite_at_extremes(self, method):
+        example = method.example()
+        batch = example.batch
+        for field, value in (("old_logps", -1e4), ("ref_logps", -1e4), ("values", 1e4), ("rewards", 1e4)):
+            values = getattr(batch, field).copy()
+            values[::2] = value
+            for config in method.configs:
+                found = self.found(
+                    method, config, dataclasses.replace(example, batch=dataclasses.replace(batch, **{field: values}))
+                )
+                assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+    def test_jit_and_eight_devices_and_another_order_change_nothing(self, method):
+        example, order = method.example(), np.random.default_rng(0).permutation(SHAPE[0])
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spread = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+        for config in method.configs:
+            expected = self.found(method, config, example)
+            assert_same(self.found(method, config, example, jit=True, place=spread), expected)
+            shuffled = self.found(method, config, example, order)
+            assert_same(shuffled, jax.tree.map(lambda x: x[order], expected))
 
 
 @pytest.mark.usefixtures("unchecked")

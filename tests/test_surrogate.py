@@ -1,0 +1,134 @@
+"""The clipped objective against published values, and what ratios of whole completions are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjpo import surrogate
+from tests import online
+
+HOWS = {
+    "token-mean": ("token", None),
+    "seq-mean-token-mean": ("sequence", None),
+    "seq-mean-token-sum": ("sequence_sum", None),
+}
+
+
+@online.cases("clipped_surrogate")
+def test_losses(inputs, expected, dtype):
+    with online.x64(dtype):
+        logps, old_logps, mask = (x[:, None] for x in online.arrays(inputs, dtype, "logp", "old_logp", "mask"))
+        advantages = surrogate.per_token(jnp.asarray(inputs["advantages_per_sequence"], dtype)[:, None], mask)
+
+        def loss(how, *settings, importance="token"):
+            ratios = surrogate.ratios(logps, old_logps, mask, importance)
+            losses = surrogate.clipped(ratios, advantages, *settings)
+            return surrogate.aggregate(losses, mask, *how).value()
+
+        ratios = surrogate.ratios(logps, old_logps, mask)
+        online.check(jnp.where(mask, ratios, 0)[:, 0], expected["ratio"], dtype)
+        losses = surrogate.clipped(ratios, advantages, 0.2, 0.2)
+        online.check(jnp.where(mask, losses, 0)[:, 0], expected["token_loss(eps=0.2)"], dtype)
+        for name, how in (HOWS | {"dr-grpo": ("constant", inputs["dr_grpo_max_len"])}).items():
+            online.check(loss(how, 0.2, 0.2), expected[f"loss(eps=0.2)/{name}"], dtype)
+        token, sequence = HOWS["token-mean"], HOWS["seq-mean-token-mean"]
+        online.check(loss(token, 0.2, 0.28), expected["loss(low=0.2,high=0.28)/token-mean"], dtype)
+        online.check(loss(token, 0.2, 0.2, 3.0), expected["loss(eps=0.2,dual_clip=3)/token-mean"], dtype)
+        of_completions = surrogate.ratios(logps, old_logps, mask, "sequence")
+        online.check(of_completions[:, 0, 0], expected["gspo_ratio"], dtype)
+        for clip, shown in (((0.2, 0.2), "eps=0.2"), ((3e-4, 4e-4), "low=3e-4,high=4e-4")):
+            for importance in ("sequence", "sequence_token"):
+                found = loss(sequence, *clip, importance=importance)
+                online.check(found, expected[f"gspo_loss({shown})/seq-mean-token-mean"], dtype)
+
+
+def draw(seed=0, shape=(3, 4, 6), noise=0.3):
+    rng = np.random.default_rng(seed)
+    mask = np.arange(shape[2])[None, None] < rng.integers(1, shape[2] + 1, shape[:2])[..., None]
+    logps = -np.exp(rng.normal(size=shape))
+    return jnp.asarray(logps), jnp.asarray(logps + noise * rng.normal(size=shape)), jnp.asarray(mask), rng
+
+
+def test_a_completions_ratio_has_the_gradient_of_its_mean_and_a_tokens_its_own():
+    with online.x64("float64"):
+        logps, old_logps, mask, _ = draw()
+        mean = (jnp.where(mask, logps - old_logps, 0).sum(-1) / mask.sum(-1))[..., None]
+
+        def sum_of(importance):
+            return jax.grad(lambda x: jnp.where(mask, surrogate.ratios(x, old_logps, mask, importance), 0).sum())(logps)
+
+        expected = jnp.where(mask, jnp.exp(mean), 0)  # the sum over |y| tokens of s, each with a |y|-th of its gradient
+        np.testing.assert_allclose(sum_of("sequence"), expected, rtol=1e-12)
+        np.testing.assert_allclose(sum_of("sequence_token"), expected, rtol=1e-12)
+        by_token = surrogate.ratios(logps, old_logps, mask)
+        np.testing.assert_allclose(sum_of("token"), jnp.where(mask, by_token, 0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("how", surrogate.AGGREGATIONS[:3])
+def test_a_rollouts_first_update_is_not_moved_by_clips_or_importance(how):
+    with online.x64("float64"):
+        logps, _, mask, rng = draw()
+        advantages = surrogate.per_token(jnp.asarray(rng.normal(size=mask.shape[:2])), mask)
+
+        def slope(importance, epsilon, dual_clip=None):
+            def loss(x):
+                ratios = surrogate.ratios(x, logps, mask, importance)
+                losses = surrogate.clipped(ratios, advantages, epsilon, epsilon, dual_clip)
+                return surrogate.aggregate(losses, mask, how).value()
+
+            return jax.grad(loss)(logps)
+
+        expected = jax.grad(lambda x: surrogate.aggregate(-advantages * jnp.where(mask, x, 0), mask, how).value())(
+            logps
+        )  # the plain policy gradient
+        for found in (slope("token", 0.2), slope("token", 3e-4, 3.0), slope("sequence_token", 0.2)):
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+        if how != "token":  # where completions weigh alike, as a completion's ratio makes them
+            np.testing.assert_allclose(slope("sequence", 0.2), expected, atol=1e-12)
+        of_cispo = jax.grad(
+            lambda x: surrogate.aggregate(
+                surrogate.cispo(x, surrogate.ratios(x, logps, mask, "cispo"), advantages, 0.2, 0.2), mask, how
+            ).value()
+        )(logps)
+        np.testing.assert_allclose(of_cispo, expected, atol=1e-12)
+
+
+def test_without_old_log_probs_the_policy_is_its_own():
+    logps, _, mask, _ = draw()
+    for importance in surrogate.IMPORTANCES:
+        np.testing.assert_array_equal(surrogate.ratios(logps, None, mask, importance), 1)
+
+
+def test_cispo_keeps_the_gradient_of_what_it_clips():
+    with online.x64("float64"):
+        logps, old_logps, mask, rng = draw(noise=1.0)
+        advantages = jnp.asarray(rng.normal(size=mask.shape))
+        ratios = surrogate.ratios(logps, old_logps, mask, "cispo")
+        slope = jax.grad(lambda x: surrogate.cispo(x, ratios, advantages, 0.5, 0.25).sum())(logps)
+        np.testing.assert_allclose(slope, -np.clip(ratios, 0.5, 1.25) * advantages, rtol=1e-12)
+        assert (ratios > 1.25).any()
+
+
+def test_noise_of_tokens_averages_out_in_a_completions_ratio():
+    # Log-ratios of scale 0.3: over a completion their mean has 0.3 / sqrt(L), their sum 0.3 sqrt(L).
+    for length, expected in ((16, 0.0750), (64, 0.0375), (256, 0.01875)):
+        noise = jnp.asarray(0.3 * np.random.default_rng(length).normal(size=(20_000, 1, length)), jnp.float32)
+        ratios = surrogate.ratios(noise, jnp.zeros_like(noise), jnp.ones(noise.shape, bool), "sequence")
+        np.testing.assert_allclose(jnp.log(ratios[:, 0, 0]).std(), expected, rtol=0.02)
+
+
+def test_shares_of_what_is_clipped():
+    ratios = jnp.array([[[0.5, 0.5, 1.5, 1.5]], [[1.0, 1.5, 9.0, 9.0]]])
+    advantages = jnp.array([[[-1.0, 1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]]])
+    mask = jnp.array([[[True] * 4], [[True, True, False, False]]])
+    shares = {
+        importance: [float(mean.value()) for mean in found.values()]
+        for importance in ("token", "sequence", "cispo")
+        for found in [surrogate.clip_metrics(ratios, advantages, mask, 0.2, 0.28, importance)]
+    }
+    np.testing.assert_allclose(shares["token"], [1 / 6, 2 / 6, 3 / 6])
+    np.testing.assert_allclose(shares["sequence"], [1 / 8, (1 / 4 + 1 / 2) / 2, 1 / 2])
+    np.testing.assert_allclose(shares["cispo"], [2 / 6, 3 / 6, 5 / 6])
+    names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
+    assert list(surrogate.clip_metrics(ratios, advantages, mask, 0.2, 0.28)) == names
