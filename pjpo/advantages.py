@@ -46,7 +46,8 @@ def group_relative(
     centred = _centred(rewards, mask, "group_relative")
     if std == "none":
         return centred
-    return centred / (jnp.sqrt(_variance(rewards, mask, axis=-1 if std == "group" else None, ddof=ddof)) + eps)
+    scale = jnp.sqrt(_variance(rewards, mask, axis=-1 if std == "group" else None, ddof=ddof)) + eps
+    return centred / jnp.where(scale > 0, scale, 1)
 
 
 def leave_one_out(rewards: Float[Array, "B N"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B N"]:

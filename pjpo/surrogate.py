@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from pjpo.logps import mean_completion, sum_completion
@@ -28,7 +29,7 @@ def per_token(advantages: Float[Array, "B N"] | Float[Array, "B N T"], mask: Boo
 
 def ratios(
     logps: Float[Array, "B N T"],
-    old_logps: Float[Array, "B N T"] | None,
+    old_logps: ArrayLike | None,
     mask: Bool[Array, "B N T"],
     importance: Importance = "token",
 ) -> Float[Array, "B N T"]:

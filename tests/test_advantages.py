@@ -80,7 +80,11 @@ def test_equal_rewards_teach_exactly_nothing():
     # The float32 mean of three 0.1 is not 0.1, and the deviation from it is all that there is to divide by.
     rewards = jnp.full((1, 3), 0.1)
     assert rewards.mean() != rewards[0, 0]
-    for found in (adv.group_relative(rewards, eps=1e-12), adv.leave_one_out(rewards)):
+    for found in (
+        adv.group_relative(rewards, eps=0),
+        adv.group_relative(jnp.ones((1, 3)), eps=0),
+        adv.leave_one_out(rewards),
+    ):
         np.testing.assert_array_equal(found, 0)
     assert not adv.mixed(rewards, jnp.ones((1, 3), bool)).any()
     assert adv.mixed(jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)).all()

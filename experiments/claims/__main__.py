@@ -18,17 +18,22 @@ from experiments.claims import (
     differential_information,
     dpo,
     generalisation,
+    grpo,
     insights,
+    online_dpo,
     ranking,
     rdpo,
     reward_augmented,
     rso,
+    rto,
     token_credit,
+    unpacking,
 )
 from experiments.claims.claim import run, table
 from pjpo import outputs, runs
 
-PAPERS = (dpo, rdpo, rso, insights, reward_augmented, ranking, generalisation, differential_information, token_credit)
+OFFLINE = (dpo, rdpo, rso, insights, reward_augmented, ranking, generalisation, differential_information, token_credit)
+PAPERS = (*OFFLINE, grpo, rto, unpacking, online_dpo)
 CLAIMS = tuple(claim for paper in PAPERS for claim in paper.CLAIMS)
 HEADER = """# What the papers claim, in miniature
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pjpo import distributed, rollouts, sharding
+from pjpo.best_of import kl_bound, weights
 from pjpo.data import reviews
 from pjpo.evals import panel
 from pjpo.evals.result import Result
@@ -126,17 +127,16 @@ class Evaluation:
 def best_of(rewards: Mapping[str, Float[np.ndarray, "B N"]], nums: Sequence[int] = (1, 2, 4)) -> dict[str, float]:
     """Best-of-n by VADER from the samples that got `rewards`, in place of n fresh ones: `best_of/<n>/reward_vader`, ...
 
-    The expectation over all subsets of n of an opening's N samples, by order statistics: the i-th worst is the best of
-    comb(i - 1, n - 1) of them. `kl` is log n - (n - 1)/n, from above. An n beyond N is left out.
+    The expectation over all subsets of n of an opening's N samples; `kl` is from above. An n beyond N is left out.
     """
     order = rewards["reward_vader"].argsort(axis=1)
     num_samples = order.shape[1]
     metrics = {}
     for n in (n for n in nums if n <= num_samples):
-        weights = np.array([math.comb(i, n - 1) for i in range(num_samples)]) / math.comb(num_samples, n)
+        shares = weights(num_samples, n)
         for name, values in rewards.items():
-            metrics[f"best_of/{n}/{name}"] = float((np.take_along_axis(values, order, axis=1) @ weights).mean())
-        metrics[f"best_of/{n}/kl"] = math.log(n) - (n - 1) / n
+            metrics[f"best_of/{n}/{name}"] = float((np.take_along_axis(values, order, axis=1) @ shares).mean())
+        metrics[f"best_of/{n}/kl"] = kl_bound(n)
     return metrics
 
 

@@ -56,6 +56,8 @@ class Config:
         checks.not_negative(self, "std_ddof", "std_eps", "epsilon_low", "epsilon_high", "beta")
         if self.dual_clip is not None:
             checks.above(self, 1, "dual_clip")
+            if self.importance == "cispo":
+                raise ValueError(f"grpo: dual_clip must be None for 'cispo', which clips weights; got {self.dual_clip}")
         if self.max_completion_tokens is not None:
             checks.at_least(self, 1, "max_completion_tokens")
         elif self.aggregation == "constant":

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from pjpo import checks, surrogate
@@ -17,8 +18,6 @@ from pjpo.advantages import at_last, gae, whiten
 from pjpo.kl import k1, k3
 from pjpo.metrics import Mean
 from pjpo.types import Batch
-
-Number = Float[Array, ""] | float | int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Config:
         if self.missing_end_score is not None:
             checks.finite(self, "missing_end_score")
 
-    def advantages(self, batch: Batch, *, beta: Number | None = None, truncated: Array | None = None) -> Batch:
+    def advantages(self, batch: Batch, *, beta: ArrayLike | None = None, truncated: ArrayLike | None = None) -> Batch:
         """The rollout with whitened `advantages` and, as `labels`, returns, both [B, N, T]. Call it on all of it.
 
         Args:
@@ -63,7 +62,7 @@ class Config:
         """
         return estimated(self, batch, token_rewards(self, batch, scores(self, batch, truncated), beta))
 
-    def adapted(self, beta: Number, kl: Number, num_completions: int) -> Number:
+    def adapted(self, beta: ArrayLike, kl: ArrayLike, num_completions: int) -> ArrayLike:
         """beta after a rollout of so many completions, a proportional controller. Ziegler et al. 2019, section 2.2.
 
         Args:
@@ -77,7 +76,7 @@ class Config:
         return beta * (1 + error * num_completions / self.kl_horizon)
 
 
-def scores(config: Config, batch: Batch, truncated: Array | None) -> Float[Array, "B N"]:
+def scores(config: Config, batch: Batch, truncated: ArrayLike | None) -> Float[Array, "B N"]:
     """The rollout's rewards, with what a completion that was cut off gets instead.
 
     Raises:
@@ -93,7 +92,7 @@ def scores(config: Config, batch: Batch, truncated: Array | None) -> Float[Array
 
 
 def token_rewards(
-    config: Config, batch: Batch, scores: Float[Array, "B N"], beta: Number | None = None
+    config: Config, batch: Batch, scores: Float[Array, "B N"], beta: ArrayLike | None = None
 ) -> Float[Array, "B N T"]:
     """The score at each completion's last token, less beta times the log-ratio of each; 0 where nothing counts.
 
@@ -151,13 +150,14 @@ def loss(
             f"{_name(config)}: the batch has no advantages and returns; pass the whole rollout through "
             "Config.advantages"
         )
-    mask, recompute = jnp.asarray(batch.loss_mask), config.old_logps == "recompute"
+    mask = jnp.asarray(batch.loss_mask)
+    old_logps, old_values = (None, None) if config.old_logps == "recompute" else (batch.old_logps, batch.values)
     advantages = surrogate.per_token(jnp.asarray(batch.advantages), mask)
-    ratios = surrogate.ratios(logps, None if recompute else batch.old_logps, mask)
+    ratios = surrogate.ratios(logps, old_logps, mask)
+
     clip = config.epsilon_low, config.epsilon_high
     policy_loss = surrogate.aggregate(surrogate.clipped(ratios, advantages, *clip), mask, config.aggregation)
 
-    old_values = None if recompute else batch.values
     errors, moved = value_losses(values, old_values, jnp.asarray(batch.labels), config.value_clip)
     value_loss = surrogate.aggregate(errors, mask, config.aggregation)
     metrics = {
@@ -172,14 +172,14 @@ def loss(
 
 
 def value_losses(
-    values: Float[Array, "B N T"], old_values: Float[Array, "B N T"] | None, returns: Float[Array, "B N T"], clip: float
+    values: Float[Array, "B N T"], old_values: ArrayLike | None, returns: Float[Array, "B N T"], clip: float
 ) -> tuple[Float[Array, "B N T"], Bool[Array, "B N T"]]:
     """Half the squared error of each value, or of the value moved no further than `clip` if that is more.
 
     Returns:
         (losses, whether the moved value was the worse one).
     """
-    old_values = jax.lax.stop_gradient(values if old_values is None else jnp.asarray(old_values))
+    old_values = jax.lax.stop_gradient(values if old_values is None else old_values)
     moved = old_values + jnp.clip(values - old_values, -clip, clip)
     free, held = jnp.square(values - returns), jnp.square(moved - returns)
     return 0.5 * jnp.maximum(free, held), held > free

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from pjpo import checks
@@ -51,9 +52,9 @@ class Config(ppo.Config):
         self,
         batch: Batch,
         *,
-        dpo_logps: Array | None = None,
-        beta: ppo.Number | None = None,
-        truncated: Array | None = None,
+        dpo_logps: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+        truncated: ArrayLike | None = None,
     ) -> Batch:
         """As PPO's, with `dpo_logps` [B, N, T] of a policy that DPO trained with the rollout's reference as its own.
 
@@ -68,8 +69,8 @@ def token_rewards(
     config: Config,
     batch: Batch,
     scores: Float[Array, "B N"],
-    dpo_logps: Float[Array, "B N T"] | None,
-    beta: ppo.Number | None = None,
+    dpo_logps: ArrayLike | None,
+    beta: ArrayLike | None = None,
 ) -> Float[Array, "B N T"]:
     """Eq. 4.7: PPO's token rewards of the weighted score, and what `dpo_rewards` makes of the DPO policy.
 
@@ -84,7 +85,7 @@ def token_rewards(
     if dpo_logps is None or batch.ref_logps is None:
         raise ValueError("rto: rewards of tokens need the DPO policy's dpo_logps and its reference's ref_logps")
     mask = jnp.asarray(batch.loss_mask)
-    weighted = config.dpo_weight * (dpo_logps - jnp.asarray(batch.ref_logps))
+    weighted = config.dpo_weight * (jnp.asarray(dpo_logps) - jnp.asarray(batch.ref_logps))
     if config.dpo_clip is not None:
         weighted = jnp.clip(weighted, -config.dpo_clip, config.dpo_clip)
     ends = jnp.isin(jnp.asarray(batch.completion_tokens), jnp.array(config.delimiters, jnp.int32))

@@ -119,13 +119,14 @@ def test_kl_in_the_loss_is_added_to_each_token(name):
     with online.x64("float64"):
         batch = rollout(1)
         batch = dataclasses.replace(batch, advantages=batch.rewards)
-        without, _ = grpo.loss(grpo.Config(beta=0.0), batch, batch.old_logps, None)
+        logps, ref_logps = jnp.asarray(batch.old_logps), jnp.asarray(batch.ref_logps)
+        without, _ = grpo.loss(grpo.Config(beta=0.0), batch, logps, None)
         config = grpo.Config(beta=0.3, kl=name)
-        found, metrics = grpo.loss(config, batch, batch.old_logps, batch.ref_logps)
-        each = np.asarray(kl.ESTIMATORS[name](batch.old_logps, batch.ref_logps))
+        found, metrics = grpo.loss(config, batch, logps, ref_logps)
+        each = np.asarray(kl.ESTIMATORS[name](logps, ref_logps))
         means = np.where(batch.loss_mask, each, 0).sum(-1) / batch.loss_mask.sum(-1)
         np.testing.assert_allclose(found.value() - without.value(), 0.3 * means.mean(), rtol=1e-10)
-        k3 = np.asarray(kl.k3(batch.old_logps, batch.ref_logps))[batch.loss_mask].mean()
+        k3 = np.asarray(kl.k3(logps, ref_logps))[batch.loss_mask].mean()
         np.testing.assert_allclose(metrics["kl"].value(), k3, rtol=1e-10)
 
 
@@ -148,7 +149,7 @@ def test_a_reward_that_failed_is_left_out():
 def test_metrics_of_a_rollout():
     batch = dataclasses.replace(rollout(3), rewards=np.array([[1.0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, np.nan]]))
     batch = grpo.DR_GRPO.advantages(jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == float else x, batch))
-    _, metrics = grpo.loss(grpo.DR_GRPO, batch, batch.old_logps, None)
+    _, metrics = grpo.loss(grpo.DR_GRPO, batch, jnp.asarray(batch.old_logps), None)
     values = {name: float(mean.value()) for name, mean in metrics.items()}
     np.testing.assert_allclose(values["reward"], (1 / 3 + 1 + 0 + 1) / 4, rtol=1e-6)
     np.testing.assert_allclose(values["reward_std"], np.sqrt(1 / 3) / 4, rtol=1e-6)
@@ -162,7 +163,7 @@ def test_what_is_missing_is_refused():
     with pytest.raises(ValueError, match="grpo: the rollout has no rewards"):
         grpo.GRPO.advantages(batch)
     with pytest.raises(ValueError, match="grpo: the batch has no advantages"):
-        grpo.loss(grpo.GRPO, batch, batch.old_logps, None)
+        grpo.loss(grpo.GRPO, batch, jnp.asarray(batch.old_logps), None)
     one = jax.tree.map(lambda x: x[:, :1], dataclasses.replace(rollout(), prompt_tokens=None, prompt_mask=None))
     with pytest.raises(ValueError, match=r"grpo: baseline 'group' compares .* needs 2 or more of each, got 1"):
         grpo.GRPO.advantages(one)
@@ -174,3 +175,5 @@ def test_what_is_missing_is_refused():
         grpo.loss(grpo.GRPO, scored, jnp.asarray(scored.old_logps), None)
     with pytest.raises(ValueError, match="aggregation 'constant' divides by max_completion_tokens, got None"):
         grpo.Config(aggregation="constant")
+    with pytest.raises(ValueError, match=r"dual_clip must be None for 'cispo', .* got 3.0"):
+        grpo.Config(importance="cispo", dual_clip=3.0)

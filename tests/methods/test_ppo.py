@@ -140,8 +140,8 @@ def test_recomputed_ratios_make_it_an_actor_critic_that_never_clips():
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "val/clipfrac_avg"):
             assert metrics[name].value() == 0
         _, metrics = jax.grad(loss, argnums=1, has_aux=True)(ppo.Config(), logps, values)
-        assert metrics["clip_ratio/region_mean"].value() > 0.3
-        assert metrics["val/clipfrac_avg"].value() > 0.3
+        assert metrics["clip_ratio/region_mean"].value() > 0.1
+        assert metrics["val/clipfrac_avg"].value() > 0.1
 
 
 def test_what_is_missing_is_refused():

@@ -111,7 +111,7 @@ def test_an_optimal_dpo_policys_rewards_sum_to_the_return_less_the_prompts_value
         config = rto.Config(dpo_weight=beta, dpo_clip=None, beta=0.0)
         found = rto.token_rewards(config, batch, jnp.asarray(batch.rewards), jnp.asarray(logps(solution.policy)))
     returns = np.array([token_mdp.sequence_return(rewards, s) for s in sequences])
-    np.testing.assert_allclose(found.sum(-1)[:, 0], returns - solution.v[()], atol=1e-10)
+    np.testing.assert_allclose(np.asarray(found).sum(-1)[:, 0], returns - solution.v[()], atol=1e-10)
 
 
 def test_what_is_missing_is_refused():
