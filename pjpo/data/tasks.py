@@ -31,7 +31,7 @@ from pjpo.data.encode import Limits, encode
 from pjpo.data.examples import Data, Examples, Tally
 from pjpo.data.plain import plain
 from pjpo.data.rows import Row
-from pjpo.rewards.reasoning_gym import package
+from pjpo.rewards.reasoning_gym import package, scorer
 
 Form = Literal["chat", "plain"]
 DRAWS = 100  # problems that are generated for each different one that is wanted, before giving up
@@ -112,7 +112,7 @@ class Config:
 
     def _check_scorer(self, entry: dict[str, Any]) -> None:
         """Some scorers want tuples, and examples are kept as JSON, which has none."""
-        score, kept = package().get_score_answer_fn(self.task), json.loads(json.dumps(plain(entry)))
+        score, kept = scorer(self.task), json.loads(json.dumps(plain(entry)))
         if score(kept["answer"], kept) != score(entry["answer"], entry):
             raise ValueError(
                 f"tasks: the scorer of {self.task} does not understand its problems any more once they were kept as "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import get_args
+from typing import Any, get_args
 
 from pjpo import checks
 from pjpo.rewards.answers import Extract, extract
@@ -31,14 +31,15 @@ class Config:
             ImportError: reasoning-gym is not installed.
         """
         rows = zip(completions, task, entry, strict=True)
-        return [float(_scorer(name)(extract(text, self.extract), problem)) for text, name, problem in rows]
+        return [float(scorer(name)(extract(text, self.extract), problem)) for text, name, problem in rows]
 
     def prepare(self) -> None:
         package()
 
 
 @functools.cache
-def _scorer(task: str):
+def scorer(task: str) -> Any:
+    """Of an answer, or None, and a problem: from 0 to 1."""
     return package().get_score_answer_fn(task)
 
 

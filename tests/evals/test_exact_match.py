@@ -76,8 +76,20 @@ def test_samples_agree_with_the_probabilities():
         assert 0 < difference < 4 * metrics[f"pass@{k}_stderr"] < 0.2
     assert metrics["reward/first_is_even"] == pytest.approx(metrics["pass@1"])
     assert metrics["mean_length"] == metrics["reward/length"] == 1
-    alike = expected**4 + (1 - expected) ** 4
-    assert abs(metrics["frac_reward_zero_std"] - alike) < 4 * math.sqrt(alike * (1 - alike) / 512)
+
+
+def test_the_share_of_groups_that_teach_nothing():
+    seen = []
+
+    def verdicts(completions):
+        seen.append(first_is_even(completions, None))
+        return seen[-1]
+
+    prompts = [PROMPTS[i % 4] for i in range(64)]
+    metrics = evaluation(prompts, rewards=Rewards(functions=(verdicts,), weights=(1.0,)))(PARAMS).metrics
+    counts = [sum(seen[1][row * 4 : row * 4 + 4]) for row in range(64)]  # seen[0] is greedy
+    assert {0, 4} < set(counts)
+    assert metrics["frac_reward_zero_std"] == (counts.count(0) + counts.count(4)) / 64
 
 
 def test_rows_are_of_the_first_sample_of_each_problem():
