@@ -9,10 +9,13 @@ work. The variants of a job take turns in one process, step by step, as the load
 - `plain_products`: products as JAX writes them, in the compute dtype;
 - `no_packing`: padding goes through every product (jobs of variable lengths);
 - `sft`: the supervised loss on the same completions (jobs with a stored reference);
+- `halvings_1` to `halvings_3`: rows that shrink by half as completions end (jobs whose completions end);
+- `generate`, `update`, `update_no_sharing`: the parts of a step of GRPO, of which `default` is the whole;
 - `weights_bf16`: weights that lie in memory as bfloat16, products in float32 as before (generation in float32).
 
 Kinds of job: a `dpo` or `sft` step with AdamW on all weights (`ref` "adapter": on LoRA's alone), `score` (log-probs and
-their gradient), `generate`, and `head` (memory of the output head by vocabulary, compiled but not run).
+their gradient), `generate`, `grpo` (full completions and an update on them), and `head` (memory of the output
+head by vocabulary, compiled but not run).
 A token counts wherever a row of its own would hold it: a prompt once for each completion. Times are CPU seconds on
 one core, wall seconds on more.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -40,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjpo import logps, optim, products, sampling, sharding, step
-from pjpo.methods import dpo, sft
+from pjpo.methods import dpo, grpo, sft
 from pjpo.models import Policy, lora
 from pjpo.models.decoder import Config
 from pjpo.packing import pack
@@ -67,7 +71,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[-args.cores :]
     os.sched_setaffinity(0, cores)
     job, model = spec["jobs"][args.job], spec["models"][args.model]
-    kinds = {"dpo": train, "sft": train, "score": score, "generate": generate, "head": head}
+    kinds = {"dpo": train, "sft": train, "score": score, "generate": generate, "grpo": rollout, "head": head}
     if job["kind"] not in kinds:
         parser.error(f"job {args.job!r} is of kind {job['kind']!r}; known: {', '.join(kinds)}")
     bench = Bench(spec, job, model, args)
@@ -325,6 +329,52 @@ def generate(bench: Bench) -> dict:
     rows, (_, flops) = job["batch"] * group, bench.work(job["prompt"], count - 1, 1, count)
     work = [(rows * count, rows * flops)] * bench.num_steps
     return bench.take_turns({n: run for n, (run, _) in runs.items()}, work, {n: f for n, (_, f) in runs.items()})
+
+
+def rollout(bench: Bench) -> dict:
+    """Completions of full length and one update on them, with advantages out of the air: any cost the same."""
+    job, policy, spec = bench.job, bench.policy, bench.spec
+    prompts = [np.array([bench.tokens(job["prompt"]) for _ in range(job["prompts"])], np.int32)] * bench.num_steps
+    settings = sampling.Sampling(num_completions=job["group"], max_completion_tokens=job["new_tokens"])
+    shape = (job["prompts"], job["group"], job["new_tokens"])
+    advantages = bench.random.normal(size=shape[:2]).astype(np.float32)
+    config = optim.Config(learning_rate=spec["lr"], max_grad_norm=spec["max_grad_norm"])
+    optimizer = optim.make_optimizer(config, lambda _: spec["lr"])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = step.init_state(policy, policy.init(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
+    keys = sampling.sequence_keys(jax.random.key(0), *shape[:2])
+
+    def inputs(i: int) -> sampling.Prompts:
+        return sampling.Prompts(prompts[i], np.ones(prompts[i].shape, bool))
+
+    def batch_of(i: int, tokens) -> Batch:
+        return Batch.of(prompt_tokens=prompts[i], completion_tokens=tokens, advantages=advantages)
+
+    def sample(params, prompts, keys):
+        weights = jax.tree.map(lambda x: x.astype(policy.config.dtype), params)
+        return policy.generate(weights, prompts, keys, settings).tokens
+
+    generator, facts = bench.compile("generate", jax.jit(sample), state.params, inputs(0), keys)
+    some, programs, about = np.ones(shape, np.int32), {}, {"default": facts, "generate": facts}
+    for name, scored in (("update", policy), ("update_no_sharing", Unshared(policy))):
+        update = step.make_update(grpo.loss, grpo.Config(beta=0.0), scored, optimizer, mesh, reference="none")
+        programs[name], about[name] = bench.compile(name, update.jitted, state, None, batch_of(0, some))
+
+    def update(i: int, name: str, tokens=some):
+        nonlocal state
+        state, metrics = programs[name](state, None, batch_of(i, tokens))
+        return metrics
+
+    runs = {
+        "default": lambda i: update(i, "update", generator(state.params, inputs(i), keys)),
+        "generate": lambda i: generator(state.params, inputs(i), keys),
+        **{name: functools.partial(update, name=name) for name in programs},
+    }
+    rows, new = shape[0] * shape[1], job["new_tokens"]
+    flops = bench.work(job["prompt"], new - 1, 1, new)[1] + bench.work(job["prompt"], new, 3)[1]
+    chosen = bench.chosen(list(runs))
+    work = [(rows * new, rows * flops)] * bench.num_steps
+    return bench.take_turns({n: runs[n] for n in chosen}, work, {n: about[n] for n in chosen})
 
 
 def head(bench: Bench) -> dict:
