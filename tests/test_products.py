@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo.products import contract_rows, dot, few_rows, product
+from pjpo.products import contract_rows, dot, few_rows, product, scale_columns
 
 
 def draw(*shapes, dtype):
@@ -73,3 +73,16 @@ def test_nan_and_infinity_pass_through(dtype):
         np.isnan(contract_rows(a.at[0, 0].set(jnp.nan), b)), (np.arange(4) == 0)[:, None] & np.ones(3, bool)
     )
     assert np.isinf(dot(a.at[1, 2].set(jnp.inf), b[:4], (1,), (0,))[1]).all()
+
+
+@pytest.mark.parametrize("rows", [(5,), (1, 700), (2, 3, 4)])
+def test_scaled_columns_and_their_gradients(rows):
+    rng = np.random.default_rng(0)
+    x, cotangent = rng.normal(size=(2, *rows, 6)).astype(np.float32)
+    scale = rng.normal(size=6).astype(np.float32)
+    out, pull_back = jax.vjp(jax.jit(scale_columns), x, scale)
+    dx, dscale = pull_back(cotangent)
+    np.testing.assert_allclose(out, x * scale, rtol=1e-6)
+    np.testing.assert_allclose(dx, cotangent * scale, rtol=1e-6)
+    expected = (x.astype(np.float64) * cotangent).reshape(-1, 6).sum(0)
+    np.testing.assert_allclose(dscale, expected, rtol=1e-5, atol=1e-5)

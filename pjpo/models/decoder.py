@@ -21,7 +21,7 @@ from pjpo.models.attention import Scoring
 from pjpo.models.decoder_config import Config
 from pjpo.models.embedding import lookup
 from pjpo.models.rope import rotary, rotate
-from pjpo.products import few_rows, product
+from pjpo.products import few_rows, product, scale_columns
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
 AXES = {
@@ -72,8 +72,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))
-        return (normed * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+        scale = scale.astype(wide.dtype)
+        return scale_columns(normed, 1 + scale if self.plus_one else scale).astype(x.dtype)
 
 
 class Kernel(nn.Module):
