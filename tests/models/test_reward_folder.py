@@ -79,6 +79,8 @@ def test_a_head_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is a reward model .*where a language model is expected; give the model"):
         load(folder, scalar_head=False)
     again, kept, _ = load(folder)
+    with pytest.raises(ValueError, match="lack their 'scalar_head', and there is no language head"):
+        save(tmp_path / "headless", again, {"params": kept["params"]}, tokenizer)
     batch = tiny.ragged(np.random.default_rng(1), vocab_size=64)
     with pytest.raises(ValueError, match="reward model, without a language head: it scores completions"):
         again.logps(kept, batch)
