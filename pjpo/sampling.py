@@ -204,6 +204,7 @@ def _step_keys(keys: Array, step: Array) -> Array:
 
 
 def _keep_likely(sampling: Sampling, logits: Array) -> Array:
+    """Logits, the largest being 0, with those that the filters drop at -inf."""
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = jnp.where(logits < jax.lax.top_k(logits, sampling.top_k)[0][..., -1:], -jnp.inf, logits)
     if sampling.top_p < 1:
@@ -213,7 +214,7 @@ def _keep_likely(sampling: Sampling, logits: Array) -> Array:
         lowest = jnp.where(needed, ordered, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     if sampling.min_p > 0:
-        logits = jnp.where(logits < logits.max(-1, keepdims=True) + math.log(sampling.min_p), -jnp.inf, logits)
+        logits = jnp.where(logits < math.log(sampling.min_p), -jnp.inf, logits)
     return logits
 
 
