@@ -75,6 +75,10 @@ class Trained(experiment.Model):
     name: str  # of the first run's folder, below that of all runs
     by: experiment.Experiment
 
+    def __post_init__(self):
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"scratch: name must be a folder's name alone, got {self.name!r}")
+
     def made(self, root: Path, say: Callable[[str], None]) -> experiment.Model:
         if self.source:
             return _plain(self, self.source)

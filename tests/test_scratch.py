@@ -79,3 +79,9 @@ def test_a_run_remembers_the_folder_and_makes_nothing(tmp_path, said, monkeypatc
     recalled = experiment.recall(value.model, json.loads(json.dumps(experiment.describe(plain))))
     assert recalled.made(tmp_path, said.append) == plain
     assert not first.asked
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../first", "/tmp/first", "first/"])
+def test_a_first_run_lies_among_the_runs(name):
+    with pytest.raises(ValueError, match=f"scratch: name must be a folder's name alone, got {name!r}"):
+        scratch.Trained(source="", name=name, by=dpo_scratch.SFT)
