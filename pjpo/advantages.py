@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pjpo.metrics import Mean
-
 Std = Literal["group", "batch", "none"]
 STDS = ("group", "batch", "none")
 
@@ -139,16 +137,6 @@ def mixed(rewards: Float[Array, "B N"], mask: Bool[Array, "B N"]) -> Bool[Array,
     """Prompts whose rewards differ; the others teach a group-relative method nothing."""
     largest = jnp.where(mask, rewards, -jnp.inf).max(-1)
     return largest > jnp.where(mask, rewards, jnp.inf).min(-1)
-
-
-def reward_metrics(rewards: Float[Array, "B N"], mask: Bool[Array, "B N"]) -> dict[str, Mean]:
-    """TRL's `reward`, `reward_std` (of a prompt's, n - 1) and `frac_reward_zero_std`, over prompts with a reward."""
-    prompts = mask.any(-1)
-    return {
-        "reward": Mean.of(_mean(rewards, mask, axis=-1)[:, 0], prompts),
-        "reward_std": Mean.of(jnp.sqrt(_variance(rewards, mask, axis=-1))[:, 0], prompts),
-        "frac_reward_zero_std": Mean.of(~mixed(rewards, mask), prompts),
-    }
 
 
 def _centred(rewards: Array, mask: Array, name: str) -> Array:

@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization (GRPO). Shao et al. 2024, arXiv:2402.03300, Eq. 3 and 4.
 
 And what its successors change, as settings: see the constants below `Config`. Departures: a log-ratio beyond 20 nats
-counts as 20, and of several rollouts' updates only the loss is here; `advantages` is called once for each rollout.
+counts as 20, and a completion whose reward could not be had is left out of its group.
 """
 
 import dataclasses
@@ -12,16 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pjpo import checks, surrogate
-from pjpo.advantages import (
-    STDS,
-    Std,
-    at_last,
-    group_relative,
-    leave_one_out,
-    reinforce_pp,
-    reinforce_pp_baseline,
-    reward_metrics,
-)
+from pjpo.advantages import STDS, Std, at_last, group_relative, leave_one_out, reinforce_pp, reinforce_pp_baseline
 from pjpo.kl import ESTIMATORS, Estimator, k3
 from pjpo.logps import sum_completion
 from pjpo.metrics import Mean
@@ -87,7 +78,8 @@ class Config:
         self.check_group(batch.completion_tokens.shape[1])
         if batch.rewards is None:
             raise ValueError("grpo: the rollout has no rewards; score its completions first")
-        scored, mask = _scored(batch), jnp.asarray(batch.loss_mask)
+        mask = jnp.asarray(batch.loss_mask)
+        scored = jnp.isfinite(jnp.asarray(batch.rewards)) & jnp.asarray(batch.completion_mask).any(-1)
         rewards = jnp.where(scored, batch.rewards, 0)
         penalties = jnp.zeros(mask.shape, rewards.dtype)
         if self.kl_in == "reward" and self.beta:
@@ -151,8 +143,6 @@ def loss(
     else:
         losses = surrogate.clipped(ratios, advantages, *clip, config.dual_clip)
     metrics = surrogate.clip_metrics(ratios, advantages, mask, *clip, config.importance)
-    if batch.rewards is not None and batch.rewards.ndim == 2:
-        metrics |= reward_metrics(jnp.asarray(batch.rewards), _scored(batch))
     if ref_logps is not None:
         ref_logps = jax.lax.stop_gradient(ref_logps)
         metrics["kl"] = Mean.of(k3(logps, ref_logps), mask)
@@ -161,7 +151,3 @@ def loss(
             raise ValueError(f"grpo: beta {config.beta} pulls towards a reference, but there is none; set it to 0")
         losses += config.beta * ESTIMATORS[config.kl](logps, ref_logps)
     return surrogate.aggregate(losses, mask, config.aggregation, config.max_completion_tokens), metrics
-
-
-def _scored(batch: Batch) -> Array:
-    return jnp.isfinite(jnp.asarray(batch.rewards)) & jnp.asarray(batch.completion_mask).any(-1)
