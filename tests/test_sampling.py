@@ -214,12 +214,20 @@ def test_no_rounding_draws_an_impossible_token(monkeypatch):
     assert np.isfinite(np.take_along_axis(logits, np.asarray(drawn)[..., None], axis=-1)).all()
 
 
-def test_a_completion_ends_with_its_stop_token_and_is_zero_after():
+def test_every_step_draws_anew():
+    policy = tiny.make_policy()
+    blank = jax.tree.map(jnp.zeros_like, tiny.make_params(policy))  # every token is as likely as the others
+    settings = dataclasses.replace(SETTINGS, max_completion_tokens=30)
+    tokens = policy.generate(blank, make_prompts(), jax.random.key(0), settings).tokens
+    assert np.mean(tokens[..., 1:] == tokens[..., :-1]) < 3 / 37  # by chance 1 of 37 repeats the one before
+
+
+@pytest.mark.parametrize("stops", [(3, 8, 30, 0), (3, 8, 30)])  # 0 also stands after the end
+def test_a_completion_ends_with_its_stop_token_and_is_zero_after(stops):
     policy = tiny.make_policy()
     params, prompts = tiny.make_params(policy), make_prompts()
     settings = dataclasses.replace(SETTINGS, max_completion_tokens=12)
     free = policy.generate(params, prompts, jax.random.key(0), settings)
-    stops = (3, 8, 30, 0)
     stopped = policy.generate(params, prompts, jax.random.key(0), dataclasses.replace(settings, stop_tokens=stops))
     ended = np.isin(free.tokens, stops)
     length = np.where(ended.any(-1), ended.argmax(-1) + 1, 12)
@@ -295,10 +303,10 @@ def test_settings_are_refused_by_name(settings, message):
         ((np.zeros(3, int), np.ones(3, bool)), None, {}, r"of one shape \[B, P\], got \(3,\)"),
         ((np.zeros((2, 3), int), np.array([[1, 1, 0], [0, 0, 0]], bool)), None, {}, "prompt 1 is empty"),
         (
-            (np.zeros((2, 60), int), np.ones((2, 60), bool)),
+            (np.zeros((2, 59), int), np.ones((2, 59), bool)),
             None,
             {},
-            r"width 60 \+ max_completion_tokens 6 = 66 exceeds",
+            r"width 59 \+ max_completion_tokens 6 = 65 exceeds",
         ),
         (make_prompts(), None, {"stop_tokens": (3, 37)}, r"stop_tokens \[37\] are outside the vocabulary of 37"),
         (make_prompts(), (4, 2), {}, r"keys \[B, N\] = \(4, 3\), got \(4, 2\)"),
