@@ -74,6 +74,8 @@ def check_file(path: str) -> None:
     Raises:
         FileNotFoundError: it is not there; names what is near.
     """
+    if "://" in path:
+        raise FileNotFoundError(f"{path} is an address, and nothing is downloaded; fetch the file and give its path")
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {_nearest(pathlib.Path(path))}")
 

@@ -169,6 +169,11 @@ def test_tfds_splits_names_and_misses(tfds_folder, monkeypatch):
             open_source(f"{tfds_folder}#{part}")
 
 
+def test_addresses_are_not_fetched():
+    with pytest.raises(FileNotFoundError, match=r"^https://a.b/rows.jsonl is an address, and nothing is downlo"):
+        open_source("https://a.b/rows.jsonl")
+
+
 def test_tfds_in_another_format_is_refused(tfds_folder, tmp_path):
     (tmp_path / "tiny_rows" / "1.0.0").mkdir(parents=True)
     for name in ("dataset_info.json", "features.json"):
