@@ -14,7 +14,20 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from pjpo import checkpoints, distributed, models, optim, packing, reference, report, runs, sharding, step, train
+from pjpo import (
+    checkpoints,
+    distributed,
+    models,
+    online,
+    optim,
+    packing,
+    reference,
+    report,
+    runs,
+    sharding,
+    step,
+    train,
+)
 from pjpo.data import saved as saved_data
 from pjpo.data.batches import Batches
 from pjpo.data.buckets import Buckets, collate
@@ -60,6 +73,7 @@ class Experiment:
     loop: train.Loop
     batch_size: int  # prompts in an update, over all devices
     reference: step.Reference  # none, online (a second set of weights), stored (on disk), adapter (weights less LoRA)
+    rollouts: online.Config | None = None  # for online methods: what is sampled for the prompts that `data` gives
     evaluation: Any = None  # what is measured along training; a config with `build(context, data)`, see pjpo/evals
     keep_best_by: tuple[str, Literal["max", "min"]] | None = None  # a metric: keep the best checkpoint beside the last
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
@@ -173,6 +187,8 @@ def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """
     sharding.check_batch(mesh, experiment.batch_size, experiment.num_microbatches)
     optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
+    if experiment.rollouts:
+        online.check(experiment)
     if experiment.reference == "adapter" and not experiment.model.lora.rank:
         raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
     if experiment.keep_best_by and not experiment.evaluation:
@@ -220,10 +236,8 @@ class _Parts:
     data: Data
     reference_model: _ReferenceModel
     evaluate: Callable | None
-    batches: Batches
-    prepare: Callable[[Batch], Batch]  # this host's share of a batch, onto the mesh
-    first: Batch  # a batch on the host, and prepared: policy and reference agree on it
-    first_prepared: Batch
+    batches: train.Offline | online.Rollouts
+    first: tuple[Batch, Batch] | None  # a batch on the host, and prepared: policy and reference agree on it
     state_key: jax.Array
 
 
@@ -251,24 +265,42 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     loss = per_source(experiment.loss, data.sources) if data.sources else experiment.loss
     context = dataclasses.replace(context, loss=loss, buckets=Buckets.of(itertools.chain(data.train, data.held_out)))
     evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None
-    batches, prepare = _batches(experiment, context, data, reference_model)
-    first = collate(data.train[: experiment.batch_size], context.buckets)
-    first_prepared = prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))
-    reference_model.check_start(experiment, first_prepared)
+    if experiment.rollouts:
+        batches, first = _rollouts(experiment, experiment.rollouts, context, data), None
+    else:
+        batches = _batches(experiment, context, data, reference_model)
+        first = collate(data.train[: experiment.batch_size], context.buckets)
+        prepared = batches.prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))
+        reference_model.check_start(experiment, prepared)
+        first = first, prepared
     return _Parts(
         context=context,
         data=data,
         reference_model=reference_model,
         evaluate=evaluate,
         batches=batches,
-        prepare=prepare,
         first=first,
-        first_prepared=first_prepared,
         state_key=state_key,
     )
 
 
-def _batches(experiment: Experiment, context: Context, data: Data, reference_model: _ReferenceModel):
+def _rollouts(experiment: Experiment, config: online.Config, context: Context, data: Data) -> online.Rollouts:
+    found = online.Rollouts(
+        config,
+        experiment.method,
+        context.policy,
+        context.tokenizer,
+        data.train,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        weights=data.weights,
+        scored_together=experiment.batch_size // experiment.num_microbatches,
+    )
+    distributed.agree("data", found.get_state())
+    return found
+
+
+def _batches(experiment: Experiment, context: Context, data: Data, reference_model: _ReferenceModel) -> train.Offline:
     """This host's shares of the training batches, and a function that completes one and places it on the mesh."""
     mesh = context.mesh
     index, count = sharding.share(mesh)
@@ -292,7 +324,7 @@ def _batches(experiment: Experiment, context: Context, data: Data, reference_mod
             share = packing.pack(share, num_groups=num_groups // count, largest=distributed.largest)
         return sharding.place_share(share, mesh)
 
-    return batches, prepare
+    return train.Offline(batches, prepare)
 
 
 def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: checkpoints.Checkpoints) -> None:
@@ -303,18 +335,25 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
         saved_data.save(folder.path / PAIRS, data)
     schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
+    batches, kind = parts.batches, experiment.reference
+    if isinstance(batches, online.Rollouts) and kind != "none":
+        kind = "stored"  # with the rollout, of which every epoch reads them
+    update = step.make_update(
+        context.loss,
+        experiment.method,
+        policy,
+        optimizer,
+        mesh,
+        reference=kind,
+        schedule=schedule,
+        num_microbatches=experiment.num_microbatches,
+    )
+    if isinstance(batches, online.Rollouts):
+        batches.start(reference_model.of, lambda batch: sharding.place_batch(batch, mesh), folder)
+        update = batches.timed(update)
     state = train.train(
         experiment.loop,
-        update=step.make_update(
-            context.loss,
-            experiment.method,
-            policy,
-            optimizer,
-            mesh,
-            reference=experiment.reference,
-            schedule=schedule,
-            num_microbatches=experiment.num_microbatches,
-        ),
+        update=update,
         # Where nothing reads the start's own arrays any more, the state takes them over: weights are held once.
         state=step.init_state(
             policy,
@@ -324,9 +363,8 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
             mesh,
             keep_params=experiment.reference in ("online", "stored"),
         ),
-        ref_params=reference_model.params if experiment.reference == "online" else None,
-        batches=parts.batches,
-        prepare=parts.prepare,
+        ref_params=reference_model.params if kind == "online" else None,
+        batches=batches,
         evaluate=_Evaluation(experiment, parts, folder) if parts.evaluate else None,
         trainable=lambda state: dataclasses.replace(state, params=policy.trainable(state.params)[0]),
         restored=lambda state, saved: dataclasses.replace(saved, params=state.params | saved.params),
@@ -341,13 +379,14 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     )
     if before and after:
         context.say(side_by_side(before, after))
-    is_pairs = parts.first.completion_tokens.shape[1] == 2
+    first, prepared = parts.first or (None, None)
+    is_pairs = first is not None and first.completion_tokens.shape[1] == 2
     written = distributed.from_first(lambda: any(row.get("kind") == "token_rewards" for row in rows))
     if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
         # In the shapes of the step-0 gate, for which everything is compiled.
-        both = [policy.logps(p, parts.first_prepared) for p in (state.params, reference_model.of(state))]
+        both = [policy.logps(p, prepared) for p in (state.params, reference_model.of(state))]
         logps, ref_logps = (logps[:4] for logps in distributed.fetch(both))
-        shown = jax.tree.map(lambda x: x[:4], parts.first)
+        shown = jax.tree.map(lambda x: x[:4], first)
         labels = ("chosen", "rejected")
         rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, context.tokenizer, labels)
         folder.sample(experiment.loop.num_steps, rows)

@@ -12,7 +12,17 @@ from pjpo.sampling import Prompts, Sampling, sequence_keys
 from pjpo.types import Batch
 
 
-def rollouts(policy, params, prompts: Sequence, key, sampling: Sampling, *, batch_size: int, title: str = "") -> Batch:
+def rollouts(
+    policy,
+    params,
+    prompts: Sequence,
+    key,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    width: int | None = None,
+    title: str = "",
+) -> Batch:
     """Samples `sampling.num_completions` completions of each prompt.
 
     The samples depend on `key` and the prompt's place in `prompts`, not on `batch_size`.
@@ -22,6 +32,7 @@ def rollouts(policy, params, prompts: Sequence, key, sampling: Sampling, *, batc
         prompts: token ids, one array for each prompt.
         key: a `jax.random.key`.
         batch_size: prompts decoded together; the last group is filled up with copies that are thrown away.
+        width: to pad prompts to, where calls with other prompts are to share a compilation; else that of the longest.
         title: of the progress bar; without one there is none.
 
     Returns:
@@ -32,9 +43,9 @@ def rollouts(policy, params, prompts: Sequence, key, sampling: Sampling, *, batc
     """
     if not prompts:
         raise ValueError("there are no prompts to complete; got an empty list")
-    batch_size = min(batch_size, len(prompts))
+    batch_size = min(batch_size, len(prompts)) if width is None else batch_size
     filled = [*prompts, *[prompts[-1]] * (-len(prompts) % batch_size)]
-    tokens, mask = pad(filled)
+    tokens, mask = pad(filled, width)
     keys = sequence_keys(key, len(filled), sampling.num_completions)
     parts = []
     with tqdm.tqdm(
@@ -58,10 +69,10 @@ def rollouts(policy, params, prompts: Sequence, key, sampling: Sampling, *, batc
     )
 
 
-def pad(rows: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of several lengths as [B, P], right-padded, with their mask."""
+def pad(rows: Sequence, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of several lengths as [B, P], right-padded, with their mask; P is `width`, or else the longest's."""
     lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max())[None] < lengths[:, None]
+    mask = np.arange(lengths.max() if width is None else width)[None] < lengths[:, None]
     tokens = np.zeros(mask.shape, np.int32)
     tokens[mask] = np.concatenate(rows)
     return tokens, mask
@@ -77,4 +88,12 @@ def texts(batch: Batch, tokenizer) -> list[list[str]]:
         for prompt, seen, completions, masks in zip(
             batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask, strict=True
         )
+    ]
+
+
+def completions(batch: Batch, tokenizer) -> list[list[str]]:
+    """The completions alone [B][N], special tokens left out."""
+    return [
+        [tokenizer.decode(tokens[kept]) for tokens, kept in zip(group, masks, strict=True)]
+        for group, masks in zip(batch.completion_tokens, batch.completion_mask, strict=True)
     ]

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,25 @@ class Loop:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Offline:
+    """Batches that are the same whatever the policy has become, as `train` asks for them."""
+
+    batches: Any  # an iterator of host-side batches with `get_state` and `set_state`
+    # To what `update` takes: reference log-probs, packing, placement. A process's part becomes the whole batch here.
+    prepare: Callable[[Batch], Batch]
+    period: ClassVar = 1  # it can be saved after every update
+
+    def next(self, state: Any) -> Batch:
+        return self.prepare(next(self.batches))
+
+    def get_state(self) -> dict[str, Any]:
+        return self.batches.get_state()
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        self.batches.set_state(position)
+
+
 def train(
     loop: Loop,
     *,
@@ -56,7 +75,6 @@ def train(
     state: Any,
     ref_params: dict | None,
     batches: Any,
-    prepare: Callable[[Batch], Batch],
     evaluate: Callable[[Any, int], Mapping[str, float]] | None,
     trainable: Callable[[Any], Any],
     restored: Callable[[Any, Any], Any],
@@ -71,9 +89,8 @@ def train(
         update: from `pjpo.step.make_update`; donates the state.
         state: the state at step 0; it is used up.
         ref_params: passed on to `update`.
-        batches: an iterator of host-side batches with `get_state` and `set_state`.
-        prepare: host-side batch to what `update` takes: reference log-probs, packing, placement. A process's part of
-            a batch becomes the whole of it here.
+        batches: where batches on the mesh come from, such as `Offline`: `next(state)` gives one. It is saved with
+            `get_state` and `set_state`, and only after a multiple of `period` updates.
         evaluate: (state, step) to metrics, which are logged under their names; None evaluates nothing.
         trainable: state to what a checkpoint must hold.
         restored: (state, checkpointed) to the state to go on with.
@@ -141,7 +158,7 @@ def train(
         checkpoints.save(step, trainable(state), extra, dict(metrics or {}))
 
     with (
-        _Interruption() as interruption,
+        _Interruption("this update" if batches.period == 1 else "the updates of this rollout") as interruption,
         tqdm.tqdm(
             total=loop.num_steps,
             initial=step,
@@ -153,7 +170,7 @@ def train(
     ):
         stop = distributed.Call()
         while step < loop.num_steps:
-            batch = prepare(next(batches))
+            batch = batches.next(state)
             state, metrics = update(state, ref_params, batch)
             pending.append((metrics, _num_tokens(batch)))
             step += 1
@@ -167,7 +184,7 @@ def train(
                 folder.log(step, evaluated)
                 show(evaluated)
                 started = time.perf_counter()
-            stopping = stop(interruption.asked) and not last
+            stopping = stop(interruption.asked) and not last and _due(step, batches.period)
             if last or stopping or _due(step, loop.checkpoint_every_steps):
                 flush()
                 save(evaluated)
@@ -197,10 +214,10 @@ _num_tokens = jax.jit(lambda batch: batch.prompt_mask.sum() + batch.completion_m
 
 
 class _Interruption:
-    """Ctrl-C and SIGTERM ask for a stop after the update, evaluated and saved; a second one does not wait."""
+    """Ctrl-C and SIGTERM ask for a stop where it can be saved, evaluated; a second one does not wait."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, until: str):
+        self.asked, self._until = False, until
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interruption:
@@ -213,7 +230,8 @@ class _Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, b"\nstopping after this update; once more to stop at once\n")  # print is not for signal handlers
+        said = f"\nstopping after {self._until}; once more to stop at once\n"
+        os.write(2, said.encode())  # print is not for signal handlers
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():

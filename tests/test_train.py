@@ -49,8 +49,9 @@ class Run:
                 update=update,
                 state={"params": jax.random.normal(jax.random.key(0), self.size), "step": jnp.int32(0)},
                 ref_params=None,
-                batches=Batches(EXAMPLES, batch_size=1, seed=3, buckets=Buckets.of(EXAMPLES)),
-                prepare=lambda batch: batch,
+                batches=train.Offline(
+                    Batches(EXAMPLES, batch_size=1, seed=3, buckets=Buckets.of(EXAMPLES)), lambda batch: batch
+                ),
                 evaluate=evaluate,
                 trainable=lambda state: state,
                 restored=lambda state, saved: saved,

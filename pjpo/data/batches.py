@@ -97,18 +97,7 @@ class Batches(Iterator[Batch]):
         if weights and num_epochs is not None:
             raise ValueError(f"num_epochs must be None where sources are mixed by weight, got {num_epochs}")
         self._weights = tuple(weights)
-
-        def repeated(rows: np.ndarray, seed: int):
-            order = grain.MapDataset.range(len(rows)).seed(seed)
-            return (order.shuffle() if shuffle else order).repeat(num_epochs).map(lambda at: rows[at])
-
-        if weights:
-            sources = np.array([example.source for example in examples])
-            seeds = np.random.SeedSequence(seed).generate_state(len(weights)).tolist()
-            parts = [repeated(np.flatnonzero(sources == number), seeds[number]) for number in range(len(weights))]
-            self._order = grain.MapDataset.mix(parts, weights)
-        else:
-            self._order = repeated(np.arange(len(examples)), seed)
+        self._order = order(examples, seed, shuffle=shuffle, num_epochs=num_epochs, weights=weights)
         self._num_batches = len(self._order) // batch_size
         self._arrange = functools.lru_cache(maxsize=2)(self._arrange)
         batches = grain.MapDataset.range(self._num_batches).map(self._batch)
@@ -203,6 +192,29 @@ class Batches(Iterator[Batch]):
         """Of the first window, wherever a run begins: a run that goes on has the same shapes."""
         num_completions = len(self.examples[0].completions)
         return PackedSizes(self._arrange(*self._window_around(0)), self._tokens, self._num_groups, num_completions)
+
+
+def order(
+    examples: Sequence[Example],
+    seed: int,
+    *,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    weights: Sequence[float] = (),
+) -> Sequence[int]:
+    """The row at each place of a run: epoch after epoch, each shuffled anew. Arguments as `Batches` has them."""
+    import grain  # here, because it costs a third of a second
+
+    def repeated(rows: np.ndarray, seed: int):
+        places = grain.MapDataset.range(len(rows)).seed(seed)
+        return (places.shuffle() if shuffle else places).repeat(num_epochs).map(lambda at: rows[at])
+
+    if not weights:
+        return repeated(np.arange(len(examples)), seed)
+    sources = np.array([example.source for example in examples])
+    seeds = np.random.SeedSequence(seed).generate_state(len(weights)).tolist()
+    parts = [repeated(np.flatnonzero(sources == number), seeds[number]) for number in range(len(weights))]
+    return grain.MapDataset.mix(parts, weights)
 
 
 def in_order(examples: Sequence[Example], batch_size: int, buckets: Buckets) -> Iterator[Batch]:

@@ -1,0 +1,408 @@
+"""Rollouts: what online methods train on, for the same update as offline ones.
+
+Prompts -> completions by the policy as it is -> rewards -> log-probs of trainer and reference, values of a critic ->
+the method's advantages over the whole rollout -> minibatches of whole groups, epoch by epoch. Everything is decided by
+the run's key and the rollout's number, whatever the devices and the sizes in which prompts are decoded.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from pjpo import checks, distributed, rollouts
+from pjpo.data.batches import order
+from pjpo.data.buckets import Buckets
+from pjpo.data.examples import Example
+from pjpo.metrics import Mean
+from pjpo.rollout_log import Scored, numbers, rows
+from pjpo.runs import RunFolder
+from pjpo.sampling import Sampling
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a rollout is. The temperature of sampling is that of log-probs, 1."""
+
+    rewards: Any  # what completions are worth; see `pjpo.rewards`
+    prompts_per_rollout: int  # a multiple of batch_size, the prompts in an update
+    num_epochs: int = 1  # passes over a rollout
+    num_completions: int = 8  # of each prompt: a group
+    max_completion_tokens: int = 256
+    top_k: int = 0  # sample among the k likeliest tokens; 0 for all
+    top_p: float = 1.0  # sample among the likeliest tokens that together reach this probability
+    stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # what becomes of completions without an end
+    truncation_penalty: float = 1.0  # taken off their reward, where they are penalised
+    dynamic_sampling: bool = False  # leave out groups whose rewards are all equal, and sample new prompts instead
+    max_refills: int = 2  # how often; a rollout that still lacks groups is trained on as it is
+    sampling_batch_size: int | None = None  # prompts decoded together; None for all of a rollout
+    log_every_rollouts: int = 10  # how often completions are written to samples.jsonl
+    num_logged_prompts: int = 2  # whose completions these are
+
+    def __post_init__(self):
+        checks.at_least(self, 1, "prompts_per_rollout", "num_epochs", "num_completions", "max_completion_tokens")
+        checks.at_least(
+            self, 1, "log_every_rollouts", *["sampling_batch_size"] * (self.sampling_batch_size is not None)
+        )
+        checks.at_least(self, 0, "max_refills", "num_logged_prompts")
+        checks.one_of(self, "truncated", ("keep", "mask", "penalise"))
+        checks.not_negative(self, "truncation_penalty")
+        self.sampling(())  # which refuses the rest
+
+    def sampling(self, stop_tokens: Sequence[int]) -> Sampling:
+        return Sampling(
+            num_completions=self.num_completions,
+            max_completion_tokens=self.max_completion_tokens,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop_tokens=tuple(stop_tokens),
+        )
+
+    def num_updates(self, batch_size: int) -> int:
+        """Updates of a rollout.
+
+        Raises:
+            ValueError: minibatches that do not divide the rollout.
+        """
+        if self.prompts_per_rollout % batch_size:
+            below = self.prompts_per_rollout // batch_size * batch_size
+            raise ValueError(
+                f"rollouts.prompts_per_rollout {self.prompts_per_rollout} is not divisible by batch_size {batch_size}; "
+                f"use {f'{below} or ' if below else ''}{below + batch_size}"
+            )
+        return self.num_epochs * self.prompts_per_rollout // batch_size
+
+
+def check(experiment: Any) -> None:
+    """Settings of an experiment with rollouts that do not fit each other.
+
+    Raises:
+        ValueError: naming them.
+    """
+    config, method = experiment.rollouts, experiment.method
+    num_updates = config.num_updates(experiment.batch_size)
+    for name in ("num_steps", "checkpoint_every_steps"):
+        if (steps := getattr(experiment.loop, name)) % num_updates:
+            below = steps // num_updates * num_updates
+            raise ValueError(
+                f"loop.{name} {steps} would end within a rollout, which makes {num_updates} updates; "
+                f"use {f'{below} or ' if below else ''}{below + num_updates}"
+            )
+    if experiment.reference == "stored":
+        raise ValueError("reference 'stored' is for data that is there before the run; use 'adapter' or 'online'")
+    if experiment.pack:
+        raise ValueError("pack is for data that is there before the run; rollouts take False")
+    if not hasattr(method, "advantages"):
+        raise ValueError(
+            f"rollouts: {type(method).__module__} makes no advantages of rewards; choose an online method, such as grpo"
+        )
+    shape = (config.prompts_per_rollout, config.num_completions, 2)
+    floats = np.zeros(shape, np.float32)
+    batch = Batch.of(
+        completion_tokens=np.zeros(shape, np.int32),
+        rewards=floats[:, :, 0],
+        old_logps=floats,
+        ref_logps=None if experiment.reference == "none" else floats,
+        values=floats if "values" in getattr(method, "outputs", ()) else None,
+    )
+    jax.eval_shape(method.advantages, batch)  # a group too small for its baseline is refused here
+
+
+def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The ids after which completions end: the tokenizer's own, and those of some texts.
+
+    Raises:
+        ValueError: a text that is not one token.
+    """
+    found = list(tokenizer.stop_ids)
+    for text in stop:
+        ids = tokenizer.encode(text, special=True)
+        if len(ids) != 1:
+            raise ValueError(
+                f"rollouts: stop {text!r} must be one token of the tokenizer, got {len(ids)}; choose another text"
+            )
+        found += ids
+    return tuple(sorted(set(found)))
+
+
+def judge(
+    rewards: Any, examples: Sequence[Example], prompts: list[str], completions: list[list[str]]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rewards of completions [B][N]: in all [B, N], and by each function; by the first process, for all.
+
+    Where a function failed there is nan; so there is in all where every function did.
+    """
+
+    def score() -> list:
+        totals, parts = rewards.score(completions, prompts=prompts, columns=[example.columns for example in examples])
+        return [np.asarray(totals).tolist(), {name: np.asarray(part).tolist() for name, part in parts.items()}]
+
+    totals, parts = distributed.from_first(score)
+    return np.array(totals, np.float64), {name: np.array(part, np.float64) for name, part in parts.items()}
+
+
+class Rollouts:
+    """Minibatches of the policy's own completions, as `train.train` asks for them."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: Any,
+        policy: Any,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] = (),
+        scored_together: int | None = None,
+    ):
+        """Checks; nothing is compiled.
+
+        Args:
+            config: what a rollout is.
+            method: the config of a method with `advantages(batch)`.
+            policy: samples, and scores its samples.
+            tokenizer: for rewards, which read text.
+            examples: prompts, with the columns that rewards read.
+            batch_size: prompts in an update.
+            seed: of the order of prompts.
+            weights: as `Data` has them.
+            scored_together: prompts whose log-probs are computed at a time; None for `batch_size`.
+
+        Raises:
+            ValueError: what cannot be sampled or scored, by name.
+        """
+        self.config, self.method, self.policy, self.tokenizer = config, method, policy, tokenizer
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.period = config.num_updates(batch_size)
+        self.sampling = config.sampling(stop_tokens(config.stop, tokenizer))
+        if not self.sampling.stop_tokens and config.truncated != "keep":
+            raise ValueError(
+                f"rollouts: truncated is {config.truncated!r}, but the tokenizer has no end token, so that every "
+                "completion is cut; give one in stop, or set truncated to keep"
+            )
+        self.buckets = _buckets(config, policy, examples)
+        self.rewards = config.rewards.build()
+        self._scored_together = scored_together or batch_size
+        self._order = order(examples, seed, weights=weights)
+        self._num_rollouts = self._num_prompts = 0  # so far
+        self._ahead: collections.deque[Batch] = collections.deque()  # minibatches still to be trained on
+        self._numbers: dict[str, Mean] = {}
+        self._advantages = jax.jit(method.advantages)
+        self._digest = _digest(examples)
+
+    def start(
+        self, reference: Callable[[Any], dict | None], place: Callable[[Batch], Batch], folder: RunFolder
+    ) -> Rollouts:
+        """What only a run has.
+
+        Args:
+            reference: state to the reference's parameters.
+            place: a batch on the host, onto the mesh.
+            folder: where completions are written.
+        """
+        self._reference, self._place, self._folder = reference, place, folder
+        return self
+
+    def next(self, state: Any) -> Batch:
+        if not self._ahead:
+            self._ahead.extend(self._roll_out(state))
+        batch = self._ahead.popleft()
+        self._num_tokens = int(batch.prompt_mask.sum() + batch.completion_mask.sum())
+        return self._place(batch)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, and what it is a position in; as JSON knows it."""
+        assert not self._ahead, "a rollout is trained on to its end before anything is saved"
+        return {"rollouts": self._num_rollouts, "prompts": self._num_prompts, "examples_sha256": self._digest}
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: it is a position in other data.
+        """
+        if position["examples_sha256"] != self._digest:
+            raise ValueError("the saved position is one in other prompts; use the same data, or a new run")
+        self._num_rollouts, self._num_prompts = position["rollouts"], position["prompts"]
+        self._ahead.clear()
+
+    def timed(self, update: Callable) -> Callable:
+        """The update, with the numbers of the rollout and of time among its metrics."""
+
+        def timing(state: Any, ref_params: dict | None, batch: Batch):
+            began = time.perf_counter()
+            state, metrics = jax.block_until_ready(update(state, ref_params, batch))
+            seconds = time.perf_counter() - began
+            times = {"time/update": _mean(seconds), "speed/update_tokens_per_second": _mean(self._num_tokens, seconds)}
+            # A loss that names rewards knows its minibatch, here is the whole rollout; of others it knows more.
+            rewards = {name: mean for name, mean in self._numbers.items() if "reward" in name}
+            return state, self._numbers | metrics | rewards | times
+
+        return timing
+
+    def _roll_out(self, state: Any) -> list[Batch]:
+        clock = _Clock()
+        params, key = state.params, jax.random.fold_in(state.key, self._num_rollouts)
+        width = self.buckets.prompt_tokens[-1]
+        everything: list[Scored] = []
+        kept: list[Scored] = []
+        for refill in range(1 + self.config.max_refills * self.config.dynamic_sampling):
+            missing = self.config.prompts_per_rollout - sum(len(part.examples) for part in kept)
+            if not missing:
+                break
+            asked = [self.examples[self._order[self._num_prompts + number]] for number in range(missing)]
+            self._num_prompts += missing
+            batch = rollouts.rollouts(
+                self.policy,
+                params,
+                [example.prompt for example in asked],
+                jax.random.fold_in(key, refill),
+                self.sampling,
+                batch_size=self.config.sampling_batch_size or self.config.prompts_per_rollout,
+                width=width,
+            )
+            clock("time/generate")
+            scored = self._scored(asked, batch)
+            clock("time/reward")
+            everything.append(scored)
+            kept.append(scored.take(~scored.equal) if self.config.dynamic_sampling else scored)
+        scored = Scored.join(kept)
+        batch = self._with_logps(self._cut(scored.batch), state)
+        differences = np.abs(batch.old_logps - scored.batch.old_logps[:, :, : batch.old_logps.shape[2]])
+        whole = jax.device_get(self._advantages(_filled(batch, self.config.prompts_per_rollout)))
+        clock("time/score")
+        self._numbers = numbers(Scored.join(everything), batch, differences) | clock.means
+        generated = sum(int(part.batch.completion_mask.sum()) for part in everything)
+        self._numbers["speed/generate_tokens_per_second"] = _mean(generated, clock.seconds["time/generate"])
+        if self._num_rollouts % self.config.log_every_rollouts == 0:
+            shown = rows(scored, whole, self.tokenizer, self._num_rollouts, self.config.num_logged_prompts)
+            self._folder.sample(int(state.step) + 1, shown)  # of the first update that is made of them
+        minibatches = self._minibatches()
+        self._num_rollouts += 1
+        return [_take(whole, part) for part in minibatches]
+
+    def _minibatches(self) -> list[np.ndarray]:
+        """Rows of each, of all epochs."""
+        parts = []
+        for epoch in range(self.config.num_epochs):
+            rng = np.random.default_rng((self.seed, self._num_rollouts, epoch))
+            parts += list(rng.permutation(self.config.prompts_per_rollout).reshape(-1, self.batch_size))
+        return parts
+
+    def _scored(self, examples: list[Example], batch: Batch) -> Scored:
+        """With rewards; a completion that got none does not count in the loss, and methods leave its nan out."""
+        texts = rollouts.completions(batch, self.tokenizer)
+        prompts = [self.tokenizer.decode(example.prompt) for example in examples]
+        totals, parts = judge(self.rewards, examples, prompts, texts)
+        last = np.take_along_axis(batch.completion_tokens, batch.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
+        truncated = ~np.isin(last, self.sampling.stop_tokens)
+        if self.config.truncated == "penalise":
+            totals = totals - self.config.truncation_penalty * truncated
+        failed = np.isnan(totals)
+        unread = failed | truncated if self.config.truncated == "mask" else failed
+        sources = None if examples[0].source is None else np.array([example.source for example in examples], np.int32)
+        batch = dataclasses.replace(
+            batch,
+            rewards=totals.astype(np.float32),
+            loss_mask=batch.completion_mask & ~unread[..., None],
+            sources=sources,
+        )
+        return Scored(examples, prompts, texts, batch, truncated, totals, parts)
+
+    def _cut(self, batch: Batch) -> Batch:
+        """Completions as wide as the rollout's longest needs."""
+        longest = int(batch.completion_mask.sum(-1).max(initial=1))
+        length = self.buckets.fit(1, longest)[1]
+        wide = ("completion_tokens", "completion_mask", "loss_mask", "old_logps")
+        return dataclasses.replace(batch, **{name: getattr(batch, name)[:, :, :length] for name in wide})
+
+    def _with_logps(self, batch: Batch, state: Any) -> Batch:
+        """What the trainer makes of the samples before it changes: its own log-probs, the reference's, a critic's."""
+        ref_params = self._reference(state)
+        asked = {"old_logps": (self.policy.logps, state.params)}
+        if ref_params is not None:
+            asked["ref_logps"] = (self.policy.logps, ref_params)
+        if "values" in getattr(self.method, "outputs", ()):
+            asked["values"] = (self.policy.values, state.params)
+        size = self._scored_together
+        bare = dataclasses.replace(batch, rewards=None, old_logps=None, sources=None)
+        found: dict[str, list] = {name: [] for name in asked}
+        for start in range(0, max(len(batch.prompt_tokens), 1), size):
+            rows = np.arange(len(batch.prompt_tokens))[start : start + size]
+            part = self._place(_filled(_take(bare, rows), size))
+            for name, (function, params) in asked.items():
+                found[name].append(function(params, part))
+        whole = {name: np.concatenate(x)[: len(batch.prompt_tokens)] for name, x in distributed.fetch(found).items()}
+        return dataclasses.replace(batch, **whole)
+
+
+class _Clock:
+    """Seconds between its calls, added up by name."""
+
+    def __init__(self):
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self._last = time.perf_counter()
+
+    def __call__(self, what: str) -> None:
+        now = time.perf_counter()
+        self.seconds[what] += now - self._last
+        self._last = now
+
+    @property
+    def means(self) -> dict[str, Mean]:
+        return {what: _mean(seconds) for what, seconds in self.seconds.items()}
+
+
+def _mean(value: float, count: float = 1) -> Mean:
+    return Mean(np.float64(value), np.float64(count))
+
+
+def _take(batch: Batch, rows: np.ndarray) -> Batch:
+    return jax.tree.map(lambda x: x[rows], batch)
+
+
+def _filled(batch: Batch, num_rows: int) -> Batch:
+    """With empty rows after its own, whose masks are all False."""
+    missing = num_rows - len(batch.prompt_tokens)
+    return jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1)), batch) if missing else batch
+
+
+def _buckets(config: Config, policy: Any, examples: Sequence[Example]) -> Buckets:
+    """The width of prompts, and a few lengths of completions.
+
+    Raises:
+        ValueError: examples with completions, or a prompt too long for the model.
+    """
+    length = config.max_completion_tokens
+    longest = max(examples, key=lambda example: len(example.prompt))
+    for example in examples:
+        if example.completions or not len(example.prompt):
+            what = "no prompt" if not len(example.prompt) else "completions"
+            raise ValueError(f"rollouts: {example.id} has {what}; they need prompts alone, see pjpo.data.prompts")
+    room = policy.config.max_positions - length
+    if len(longest.prompt) > room:
+        raise ValueError(
+            f"rollouts: the prompt of {longest.id} has {len(longest.prompt)} tokens, but the model's "
+            f"{policy.config.max_positions} positions less max_completion_tokens {length} leave {max(room, 0)}; set "
+            "the data's max_prompt_tokens, or a smaller max_completion_tokens"
+        )
+    return Buckets((len(longest.prompt),), tuple(sorted({math.ceil(length / 2**halvings) for halvings in range(3)})))
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.prompt.tobytes() + json.dumps(example.columns, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()

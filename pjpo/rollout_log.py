@@ -1,0 +1,129 @@
+"""What a rollout says of itself: metrics under TRL's names, and texts to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjpo.data.examples import Example
+from pjpo.metrics import Mean
+from pjpo.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Prompts with their completions, and what these are worth; NumPy arrays, prompts first."""
+
+    examples: list[Example]
+    prompts: list[str]
+    texts: list[list[str]]  # [B][N]
+    batch: Batch  # `old_logps` are the sampler's, `rewards` the totals
+    truncated: np.ndarray  # [B, N] bool: no end token
+    totals: np.ndarray  # [B, N]; nan where every reward failed
+    parts: dict[str, np.ndarray]  # of each reward by name, [B, N]; nan where it failed
+
+    @property
+    def equal(self) -> np.ndarray:
+        """Groups [B] from which nothing is learned: their rewards are all the same, or missing."""
+        missing = np.isnan(self.totals)
+        highest, lowest = np.where(missing, -np.inf, self.totals).max(1), np.where(missing, np.inf, self.totals).min(1)
+        return ~(highest > lowest)
+
+    def take(self, chosen: np.ndarray) -> Scored:
+        """The groups where `chosen` [B] is true."""
+        rows = np.flatnonzero(chosen)
+        arrays = (self.batch, self.truncated, self.totals, self.parts)
+        lists = ([part[row] for row in rows] for part in (self.examples, self.prompts, self.texts))
+        return Scored(*lists, *jax.tree.map(lambda x: x[rows], arrays))
+
+    @classmethod
+    def join(cls, parts: Sequence[Scored]) -> Scored:
+        arrays = [(part.batch, part.truncated, part.totals, part.parts) for part in parts]
+        chain = itertools.chain.from_iterable
+        lists = (list(chain(getattr(part, name) for part in parts)) for name in ("examples", "prompts", "texts"))
+        return cls(*lists, *jax.tree.map(lambda *x: np.concatenate(x), *arrays))
+
+
+def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, Mean]:
+    """Metrics of a rollout, named as in TRL's GRPO trainer.
+
+    Args:
+        scored: all that was sampled, groups that were left out included.
+        batch: what is trained on, with `old_logps` and, if there is a reference, `ref_logps`.
+        differences: between the log-probs of trainer and sampler, [B, N, T]; nats.
+    """
+    known = ~np.isnan(scored.totals)
+    lengths = np.asarray(scored.batch.completion_mask).sum(-1)
+    ended = ~scored.truncated
+    found = {
+        "reward": _mean(scored.totals, known),
+        "reward_std": _mean(_stds(scored.totals)),
+        "frac_reward_zero_std": _mean(scored.equal),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": _mean([lengths.min()]),
+        "completions/max_length": _mean([lengths.max()]),
+        "completions/clipped_ratio": _mean(scored.truncated),
+        "completions/mean_terminated_length": _mean(lengths, ended),
+    }
+    for name, values in scored.parts.items():
+        here = ~np.isnan(values)
+        found[f"rewards/{name}/mean"] = _mean(values, here)
+        found[f"rewards/{name}/std"] = _mean([values[here].std(ddof=1)] if here.sum() > 1 else [])
+        if not here.all():
+            found[f"rewards/{name}/failed"] = _mean(~here)
+    mask = np.asarray(batch.completion_mask)
+    found["entropy"] = _mean(-batch.old_logps, mask)  # of samples at temperature 1, an estimate without bias
+    if batch.ref_logps is not None:
+        found["kl"] = _mean(batch.old_logps - batch.ref_logps, mask)  # the same of the KL, nats per token
+    found["sampling/sampling_logp_difference/mean"] = _mean(differences, mask)
+    found["sampling/sampling_logp_difference/max"] = _mean([differences[mask].max(initial=0)])
+    return found
+
+
+def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts: int) -> list[dict[str, Any]]:
+    """The completions of the first prompts, one row each, for samples.jsonl."""
+    found = []
+    for b, example in enumerate(scored.examples[:num_prompts]):
+        for n, text in enumerate(scored.texts[b]):
+            advantages = np.asarray(batch.advantages)[b, n]
+            if advantages.ndim:  # of tokens: their mean
+                advantages = (
+                    advantages[np.asarray(batch.loss_mask)[b, n]].mean() if batch.loss_mask[b, n].any() else 0.0
+                )
+            found.append(
+                {
+                    "kind": "rollout",
+                    "rollout": rollout,
+                    "id": example.id,
+                    "prompt": scored.prompts[b],
+                    "completion": text,
+                    "reward": _rounded(scored.totals[b, n]),
+                    "rewards": {name: _rounded(values[b, n]) for name, values in scored.parts.items()},
+                    "advantage": _rounded(advantages),
+                    "num_tokens": int(np.asarray(scored.batch.completion_mask)[b, n].sum()),
+                    "truncated": bool(scored.truncated[b, n]),
+                }
+            )
+    return found
+
+
+def _stds(rewards: np.ndarray) -> list[float]:
+    """Of each group that has two rewards or more."""
+    groups = (group[~np.isnan(group)] for group in rewards)
+    return [float(group.std(ddof=1)) for group in groups if len(group) > 1]
+
+
+def _rounded(value: Any) -> float:
+    return round(float(value), 4)
+
+
+def _mean(values: Any, mask: np.ndarray | None = None) -> Mean:
+    values = np.asarray(values, np.float64)
+    if mask is not None:
+        values = values[mask]
+    return Mean(values.sum(), np.float64(values.size))

@@ -1,0 +1,407 @@
+"""Rollouts of a tiny policy against their parts, one by one; and whole runs that are killed within them."""
+
+import dataclasses
+import functools
+import json
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import registry
+from pjpo import experiment, online, runs
+from pjpo.data.batches import order
+from pjpo.data.examples import Example
+from pjpo.metrics import Mean
+from pjpo.methods import dpo, grpo
+from pjpo.sampling import Prompts, sequence_keys
+from pjpo.step import State
+from pjpo.types import Batch
+from tests import tiny_online
+from tests.models import tiny_llama
+from tests.test_experiment import Program
+from tests.test_rollouts import POLICY, params
+
+EXAMPLES = [Example(np.arange(4, 5 + row % 3, dtype=np.int32), (), {"row": row}, f"row {row}") for row in range(7)]
+METHOD = dataclasses.replace(grpo.GRPO, beta=0.1)
+
+
+class Alphabet:
+    stop_ids = (0, 1, 2, 3)
+
+    def decode(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
+    def encode(self, text, special=False):
+        return [ord(letter) - 97 for letter in text]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Rewards by a function of (text, row of the data)."""
+
+    of: object
+
+    def build(self):
+        return self
+
+    def score(self, completions, *, prompts, columns):
+        totals = [[self.of(text, c["row"]) for text in group] for group, c in zip(completions, columns, strict=True)]
+        return totals, {"made_up": totals}
+
+
+def length(text, row):
+    return len(text) + 0.5 * text.count("h")
+
+
+class Folder:
+    def __init__(self):
+        self.rows = []
+
+    def sample(self, step, rows):
+        self.rows += [(step, row) for row in rows]
+
+
+def make(of=length, method=METHOD, batch_size=2, examples=EXAMPLES, **settings):
+    settings = {"prompts_per_rollout": 4, "num_completions": 3, "max_completion_tokens": 6} | settings
+    config = online.Config(rewards=Scores(of), **settings)
+    made = online.Rollouts(config, method, POLICY, Alphabet(), examples, batch_size=batch_size, seed=5)
+    return made.start(lambda state: reference(), lambda batch: batch, Folder())
+
+
+@functools.cache
+def reference():
+    return jax.tree.map(lambda x: 1.1 * x, params())
+
+
+def state(step=0):
+    return State(params(), None, jnp.int32(step), jax.random.key(7))
+
+
+def whole(made, at=None, minibatches=None):
+    """The minibatches of a rollout as one."""
+    parts = [made.next(at or state()) for _ in range(minibatches or made.period)]
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def by_prompt(batch):
+    """Rows in an order of their own: minibatches shuffle them."""
+    return jax.tree.map(lambda x: x[np.lexsort((batch.old_logps[:, 0, 0], batch.prompt_mask.sum(1)))], batch)
+
+
+def alike(one, other, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), one, other)
+
+
+def test_a_rollout_is_what_its_parts_make_one_by_one():
+    made = make()
+    found = by_prompt(whole(made))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), 0)  # of the first rollout, before any refill
+    keys, texts, rows = sequence_keys(key, 4, 3), [], []
+    for place, row in enumerate(order(EXAMPLES, 5)[at] for at in range(4)):
+        prompt = EXAMPLES[row].prompt[None]
+        alone = POLICY.generate(
+            params(),
+            Prompts(prompt, prompt > -1),
+            keys[place : place + 1],
+            online.Config.sampling(made.config, (0, 1, 2, 3)),
+        )
+        tokens, mask = np.asarray(alone.tokens), np.asarray(alone.mask)
+        texts.append([Alphabet().decode(t[m]) for t, m in zip(tokens[0], mask[0], strict=True)])
+        batch = Batch.of(prompt_tokens=prompt, completion_tokens=tokens, completion_mask=mask)
+        rewards = np.array([[length(text, row) for text in texts[-1]]], np.float32)
+        centred = rewards - rewards.mean()
+        rows.append(
+            dataclasses.replace(
+                batch,
+                prompt_tokens=np.pad(prompt, [(0, 0), (0, 3 - prompt.shape[1])]),
+                prompt_mask=np.arange(3)[None] < prompt.shape[1],
+                rewards=rewards,
+                advantages=centred / (rewards.std(ddof=1) + 1e-4),
+                old_logps=np.asarray(POLICY.logps(params(), batch)),
+                ref_logps=np.asarray(POLICY.logps(reference(), batch)),
+            )
+        )
+    expected = by_prompt(jax.tree.map(lambda *x: np.concatenate(x), *rows))
+    assert len({tuple(group) for group in texts}) == 4
+    assert np.ptp(expected.rewards, axis=1).all()
+    alike(found, expected, atol=1e-5)
+
+
+def test_minibatches_hold_whole_groups_each_once_an_epoch():
+    made = make(num_epochs=3)
+    assert made.period == 6
+    epochs = [whole(made, minibatches=2) for _ in range(3)]
+    for epoch in epochs[1:]:
+        alike(by_prompt(epoch), by_prompt(epochs[0]))
+    assert len({epoch.old_logps[:, 0, 0].tobytes() for epoch in epochs}) > 1  # in orders of their own
+    another = whole(made)
+    assert not np.isin(another.old_logps[:, 0, 0], epochs[0].old_logps[:, 0, 0]).all()
+
+
+def test_samples_do_not_depend_on_how_many_are_decoded_or_scored_together():
+    one, other = make(), make(sampling_batch_size=3)
+    other._scored_together = 1
+    alike(by_prompt(whole(one)), by_prompt(whole(other)), atol=1e-5)
+
+
+def test_it_goes_on_where_it_was_saved():
+    undisturbed = make(num_epochs=2, dynamic_sampling=True)
+    first, second = whole(undisturbed), whole(undisturbed, state(4))
+    stopped = make(num_epochs=2, dynamic_sampling=True)
+    alike(whole(stopped), first)
+    position = json.loads(json.dumps(stopped.get_state()))
+    resumed = make(num_epochs=2, dynamic_sampling=True)
+    resumed.set_state(position)
+    jax.tree.map(np.testing.assert_array_equal, whole(resumed, state(4)), second)
+    with pytest.raises(ValueError, match="a position in other prompts"):
+        make(examples=EXAMPLES[1:]).set_state(position)
+    changed = [dataclasses.replace(example, columns={"row": 9}) for example in EXAMPLES]
+    with pytest.raises(ValueError, match="a position in other prompts"):
+        make(examples=changed).set_state(position)
+
+
+def test_groups_of_equal_rewards_are_left_out_and_replaced():
+    def useless(text, row):
+        return 1.0 if row in (0, 2, 3, 6) else length(text, row)
+
+    rows = [order(EXAMPLES, 5)[at] for at in range(14)]
+    made = make(useless, dynamic_sampling=True, max_refills=9)
+    found = whole(made)
+    assert found.completion_mask[:, 0, 0].all()
+    assert (np.ptp(found.rewards, axis=1) > 0).all()
+    asked = next(n for n in range(14) if sum(row not in (0, 2, 3, 6) for row in rows[:n]) == 4)
+    assert made.get_state()["prompts"] == asked  # no prompt is sampled without need
+    few = make(useless, dynamic_sampling=True, max_refills=0)
+    found, useful = whole(few), sum(row not in (0, 2, 3, 6) for row in rows[:4])
+    assert 0 < useful < 4
+    assert found.loss_mask.any((1, 2)).sum() == found.prompt_mask.any(1).sum() == useful
+    assert few._numbers["frac_reward_zero_std"].value() == 1 - useful / 4
+    none = make(lambda text, row: 1.0, dynamic_sampling=True)
+    found = whole(none)
+    assert none.get_state()["prompts"] == 12  # refilled twice
+    assert not found.loss_mask.any()
+    assert np.isfinite(found.advantages).all()
+    kept = whole(make(lambda text, row: 1.0))
+    assert kept.loss_mask[:, :, 0].all()
+    assert not kept.advantages.any()
+
+
+def test_a_completion_without_a_reward_does_not_count():
+    def fails(text, row):
+        return np.nan if len(text) == 6 else length(text, row)
+
+    made = make(fails)
+    found = whole(made)
+    failed = np.isnan(found.rewards)
+    assert 0 < failed.sum() < failed.size
+    np.testing.assert_array_equal(failed, found.completion_mask.all(-1))
+    assert not found.loss_mask[failed].any()
+    assert found.loss_mask[~failed][:, 0].all()
+    assert np.isfinite(found.advantages).all()
+    assert made._numbers["reward"].value() == pytest.approx(np.nanmean(found.rewards))
+    assert made._numbers["rewards/made_up/failed"].value() == pytest.approx(failed.mean())
+
+
+def test_truncated_completions_are_kept_masked_or_penalised():
+    kept, masked, penalised = (
+        by_prompt(whole(make(truncated=what, truncation_penalty=3.0))) for what in ("keep", "mask", "penalise")
+    )
+    last = np.take_along_axis(kept.completion_tokens, kept.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
+    truncated = last > 3
+    assert 0 < truncated.sum() < truncated.size
+    assert (kept.completion_mask[truncated].sum(-1) == 6).all()
+    np.testing.assert_array_equal(kept.loss_mask, kept.completion_mask)
+    np.testing.assert_array_equal(masked.loss_mask, kept.completion_mask & ~truncated[..., None])
+    np.testing.assert_array_equal(masked.advantages, kept.advantages)  # it is compared with, all the same
+    np.testing.assert_allclose(penalised.rewards, kept.rewards - 3 * truncated)
+
+
+def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
+    made = make(num_completions=4)
+    update = made.timed(lambda state, ref_params, batch: (state, {"loss": Mean.of(jnp.float32(2.0))}))
+    parts = [made.next(state()) for _ in range(2)]
+    _, metrics = update(state(), None, parts[0])
+    batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    found = {name: float(mean.value()) for name, mean in metrics.items()}
+    lengths = batch.completion_mask.sum(-1)
+    ended = batch.completion_tokens[..., -1] * (lengths == 6) <= 3
+    mask, gaps = batch.completion_mask, batch.old_logps - batch.ref_logps
+    expected = {
+        "loss": 2.0,
+        "reward": batch.rewards.mean(),
+        "reward_std": np.mean([group.std(ddof=1) for group in batch.rewards]),
+        "rewards/made_up/mean": batch.rewards.mean(),
+        "rewards/made_up/std": batch.rewards.std(ddof=1),
+        "frac_reward_zero_std": np.mean([len(set(group)) == 1 for group in batch.rewards]),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - ended.mean(),
+        "completions/mean_terminated_length": lengths[ended].mean(),
+        "entropy": -batch.old_logps[mask].mean(),
+        "kl": gaps[mask].mean(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert 0 < found["sampling/sampling_logp_difference/mean"] <= found["sampling/sampling_logp_difference/max"] < 1e-4
+    times = {f"time/{what}" for what in ("generate", "reward", "score", "update")}
+    times |= {f"speed/{what}_tokens_per_second" for what in ("generate", "update")}
+    assert all(found[name] > 0 for name in times)
+    others = {"sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"}
+    assert found.keys() == expected.keys() | times | others
+    tokens = float(metrics["speed/update_tokens_per_second"].sum)
+    assert tokens == parts[-1].prompt_mask.sum() + parts[-1].completion_mask.sum()  # of the batch asked for last
+
+
+def test_completions_are_written_with_rewards_and_advantages():
+    made = make(log_every_rollouts=2, num_logged_prompts=2)
+    batches = [whole(made, state(2 * number)) for number in range(3)]
+    rows = made._folder.rows
+    assert [(step, row["rollout"]) for step, row in rows] == [(1, 0)] * 6 + [(5, 2)] * 6
+    first = by_prompt(batches[0])
+    for _, row in rows[:6]:
+        (b, n), *others = np.argwhere(np.isclose(first.advantages, row["advantage"], atol=1e-4)).tolist()
+        assert row["reward"] == pytest.approx(first.rewards[b, n]) == row["rewards"]["made_up"]
+        assert row["reward"] == length(row["completion"], None)
+        assert row["num_tokens"] == len(row["completion"])
+        assert row["truncated"] == (row["completion"][-1] > "d")
+        assert row["kind"] == "rollout"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts_per_rollout": 0}, "online: prompts_per_rollout must be >= 1, got 0"),
+        ({"truncated": "cut"}, "online: truncated must be one of keep, mask, penalise, got 'cut'"),
+        ({"top_p": 0.0}, r"sampling: top_p must be in \(0, 1\], got 0.0"),
+        ({"stop": ("ab",)}, "rollouts: stop 'ab' must be one token of the tokenizer, got 2; choose another text"),
+        ({"max_completion_tokens": 31}, r"the prompt of row 2 has 3 tokens, but the model's 32 positions .* leave 1"),
+        ({"prompts_per_rollout": 5}, "prompts_per_rollout 5 is not divisible by batch_size 2; use 4 or 6"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_prompts_that_are_none_are_refused():
+    pair = dataclasses.replace(EXAMPLES[0], completions=(np.array([5]),))
+    with pytest.raises(ValueError, match="row 0 has completions; they need prompts alone"):
+        make(examples=[pair])
+    with pytest.raises(ValueError, match="row 0 has no prompt"):
+        make(examples=[dataclasses.replace(EXAMPLES[0], prompt=np.array([], np.int32))])
+
+
+def test_truncation_without_any_end_is_refused(monkeypatch):
+    monkeypatch.setattr(Alphabet, "stop_ids", ())
+    with pytest.raises(ValueError, match="truncated is 'mask', but the tokenizer has no end token"):
+        make(truncated="mask")
+    assert make(truncated="mask", stop=("e",)).sampling.stop_tokens == (4,)
+
+
+ROLLOUTS = tiny_online.EXPERIMENT.rollouts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loop.checkpoint_every_steps": 6},
+            "loop.checkpoint_every_steps 6 would end within a rollout.* 4 updates.* 4 or 8",
+        ),
+        ({"loop.num_steps": 3}, "loop.num_steps 3 would end within a rollout, which makes 4 updates; use 4"),
+        ({"rollouts.prompts_per_rollout": 5}, "prompts_per_rollout 5 is not divisible by batch_size 2"),
+        ({"rollouts.num_completions": 1}, "needs 2 or more of each, got 1"),
+        ({"reference": "stored"}, "reference 'stored' is for data that is there before the run; use 'adapter'"),
+        ({"pack": True}, "pack is for data that is there before the run"),
+        (
+            {"loss": dpo.loss, "method": dpo.Config()},
+            "pjpo.methods.dpo makes no advantages of rewards; choose an online",
+        ),
+        ({"reference": "none", "method": grpo.RLOO}, "needs the rollout's old_logps and ref_logps"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_first(changes, message, tmp_path):
+    value = registry.override(tiny_online.EXPERIMENT, {"mesh.data": 1, "mesh.model": 8} | changes)
+    with pytest.raises(ValueError, match=message):
+        experiment.run("tiny", value, root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Online(Program):
+    module = "tests.tiny_online"
+
+    @property
+    def lines(self):
+        return [
+            {name: value for name, value in row.items() if not name.startswith(("time/", "speed/"))}
+            for row in super().lines
+        ]
+
+    @property
+    def samples(self):
+        return (self.folder / "samples.jsonl").read_text()
+
+
+LAST = tiny_online.EXPERIMENT.loop.num_steps
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, model, cache):
+    """A run that nobody disturbs."""
+    program = Online(tmp_path_factory.mktemp("alone"), model, cache)
+    program.finish("--model.source", model)
+    return program
+
+
+def same(one, other):
+    assert one.lines == other.lines
+    assert one.samples == other.samples
+    assert one.bits(LAST) == other.bits(LAST)
+
+
+def test_the_reward_rises(alone):
+    rewards = runs.read(alone.folder).metrics["reward"][1]
+    assert rewards[-8:].mean() > rewards[:8].mean() + 0.2
+
+
+def test_killed_within_rollouts_it_ends_with_the_same_bits(tmp_path, model, cache, alone):
+    program = Online(tmp_path, model, cache)
+    process, killed = program.begin(), None
+    for step in (27, 62):  # in the midst of a rollout's four updates
+        program.wait_for(step, process, other_than=killed)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed = program.file
+        process = program.start("--resume", program.folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert re.search(rf"going on from step (48|56|64) of {LAST}", out)
+    same(program, alone)
+
+
+def test_ctrl_c_ends_the_rollout_first(tmp_path, model, cache, alone):
+    program = Online(tmp_path, model, cache)
+    process = program.begin()
+    program.wait_for(9, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopping after the updates of this rollout" in err
+    step = int(re.search(rf"stopped after step (\d+) of {LAST}", err)[1])
+    assert step % 4 == 0
+    program.finish("--resume", program.folder)
+    same(program, alone)
