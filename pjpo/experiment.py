@@ -34,7 +34,8 @@ from pjpo.data.buckets import Buckets, collate
 from pjpo.data.examples import Data
 from pjpo.evals import token_rewards
 from pjpo.evals.result import side_by_side
-from pjpo.models import lora
+from pjpo.models import actor_critic, lora
+from pjpo.models.policy import joined
 from pjpo.per_source import per_source
 from pjpo.types import Batch
 
@@ -74,6 +75,8 @@ class Experiment:
     batch_size: int  # prompts in an update, over all devices
     reference: step.Reference  # none, online (a second set of weights), stored (on disk), adapter (weights less LoRA)
     rollouts: online.Config | None = None  # for online methods: what is sampled for the prompts that `data` gives
+    critic: Model | None = None  # what estimates values for methods that ask; None: the model, by its own scalar head
+    dpo_model: Model | None = None  # for RTO: the policy whose log-ratios are rewards; None: the one the run starts as
     evaluation: Any = None  # what is measured along training; a config with `build(context, data)`, see pjpo/evals
     keep_best_by: tuple[str, Literal["max", "min"]] | None = None  # a metric: keep the best checkpoint beside the last
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
@@ -88,7 +91,7 @@ class Experiment:
 class Context:
     """What data and evaluation may ask of a run while they are built."""
 
-    policy: models.Policy
+    policy: models.Policy | actor_critic.ActorCritic
     params: dict
     tokenizer: Any
     loss: Callable
@@ -189,6 +192,14 @@ def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     if experiment.rollouts:
         online.check(experiment)
+    reads_values = "values" in getattr(experiment.method, "outputs", ())
+    if experiment.critic and not reads_values:
+        raise ValueError(f"critic is given, but {type(experiment.method).__module__} reads no values; set it to None")
+    if reads_values and not (experiment.critic or experiment.model.scalar_head):
+        raise ValueError(
+            f"{type(experiment.method).__module__} reads values; give a critic, or set model.scalar_head for one that "
+            "shares the policy's weights"
+        )
     if experiment.reference == "adapter" and not experiment.model.lora.rank:
         raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
     if experiment.keep_best_by and not experiment.evaluation:
@@ -238,15 +249,19 @@ class _Parts:
     evaluate: Callable | None
     batches: train.Offline | online.Rollouts
     first: tuple[Batch, Batch] | None  # a batch on the host, and prepared: policy and reference agree on it
+    dpo_logps: Callable[[Batch], Any] | None
     state_key: jax.Array
 
 
 def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) -> _Parts:
-    settings = {field.name: getattr(experiment.model, field.name) for field in dataclasses.fields(experiment.model)}
     data_key, adapter_key, state_key = jax.random.split(jax.random.key(experiment.seed), 3)
-    policy, params, tokenizer = models.load(**settings, mesh=mesh, key=adapter_key)
+    policy, params, tokenizer = models.load(**_settings(experiment.model), mesh=mesh, key=adapter_key)
+    if experiment.critic:
+        key, settings = jax.random.fold_in(adapter_key, 1), _settings(experiment.critic)
+        policy, params = actor_critic.beside(policy, params, tokenizer, mesh=mesh, key=key, **settings)
     stored = (resumed.parent.parent if resumed else root) / "reference_logps"  # for all runs: content is its address
     reference_model = _ReferenceModel(experiment.reference, policy, params, stored)
+    dpo_logps = _dpo_logps(experiment, policy, params, tokenizer, mesh)
     context = Context(
         policy=policy,
         params=params,
@@ -280,8 +295,35 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
         evaluate=evaluate,
         batches=batches,
         first=first,
+        dpo_logps=dpo_logps,
         state_key=state_key,
     )
+
+
+def _dpo_logps(
+    experiment: Experiment, policy: Any, params: dict, tokenizer: Any, mesh
+) -> Callable[[Batch], Any] | None:
+    """Log-probs under the policy that DPO trained, for a method that asks for it.
+
+    Raises:
+        ValueError: one with another tokenizer, or one that nothing reads.
+    """
+    if not getattr(experiment.method, "needs_dpo", False):
+        if experiment.dpo_model:
+            raise ValueError(f"dpo_model is given, but {type(experiment.method).__module__} does not read it; set None")
+        return None
+    if experiment.dpo_model:
+        policy, params, other = models.load(**_settings(experiment.dpo_model), mesh=mesh)
+        if other.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"dpo_model: the tokenizer of {experiment.dpo_model.source} differs from the policy's; take one that "
+                "was trained from the same model"
+            )
+    return lambda batch: policy.logps(params, batch)
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
 
 
 def _rollouts(experiment: Experiment, config: online.Config, context: Context, data: Data) -> online.Rollouts:
@@ -349,7 +391,9 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
         num_microbatches=experiment.num_microbatches,
     )
     if isinstance(batches, online.Rollouts):
-        batches.start(reference_model.of, lambda batch: sharding.place_batch(batch, mesh), folder)
+        batches.start(
+            reference_model.of, lambda batch: sharding.place_batch(batch, mesh), folder.sample, parts.dpo_logps
+        )
         update = batches.timed(update)
     state = train.train(
         experiment.loop,
@@ -361,13 +405,15 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
             optimizer,
             parts.state_key,
             mesh,
-            keep_params=experiment.reference in ("online", "stored"),
+            keep_params=experiment.reference in ("online", "stored") or parts.dpo_logps is not None,
         ),
         ref_params=reference_model.params if kind == "online" else None,
         batches=batches,
         evaluate=_Evaluation(experiment, parts, folder) if parts.evaluate else None,
         trainable=lambda state: dataclasses.replace(state, params=policy.trainable(state.params)[0]),
-        restored=lambda state, saved: dataclasses.replace(saved, params=state.params | saved.params),
+        restored=lambda state, saved: dataclasses.replace(
+            saved, params=joined(saved.params, policy.trainable(state.params)[1])
+        ),
         folder=folder,
         checkpoints=saved,
         say=context.say,
@@ -396,7 +442,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
 class _ReferenceModel:
     """The start of the run as the reference, in whichever of its forms."""
 
-    def __init__(self, kind: step.Reference, policy: models.Policy, params: dict, stored: Path):
+    def __init__(self, kind: step.Reference, policy: Any, params: dict, stored: Path):
         self.kind, self.policy, self.params = kind, policy, params
         self.store = reference.Store(stored, policy, policy.without_adapters(params)) if kind == "stored" else None
 

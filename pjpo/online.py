@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -24,8 +26,8 @@ from pjpo.data.batches import order
 from pjpo.data.buckets import Buckets
 from pjpo.data.examples import Example
 from pjpo.metrics import Mean
+from pjpo.rewards.protocol import Failure, Rewards, Scores
 from pjpo.rollout_log import Scored, numbers, rows
-from pjpo.runs import RunFolder
 from pjpo.sampling import Sampling
 from pjpo.types import Batch
 
@@ -34,7 +36,7 @@ from pjpo.types import Batch
 class Config:
     """What a rollout is. The temperature of sampling is that of log-probs, 1."""
 
-    rewards: Any  # what completions are worth; see `pjpo.rewards`
+    rewards: Rewards  # what completions are worth
     prompts_per_rollout: int  # a multiple of batch_size, the prompts in an update
     num_epochs: int = 1  # passes over a rollout
     num_completions: int = 8  # of each prompt: a group
@@ -116,7 +118,9 @@ def check(experiment: Any) -> None:
         ref_logps=None if experiment.reference == "none" else floats,
         values=floats if "values" in getattr(method, "outputs", ()) else None,
     )
-    jax.eval_shape(method.advantages, batch)  # a group too small for its baseline is refused here
+    asked = {"truncated": np.zeros(shape[:2], bool), "dpo_logps": floats}
+    # What a method refuses, such as a group too small for its baseline, it refuses here.
+    jax.eval_shape(method.advantages, batch, **_of_these(method, asked))
 
 
 def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
@@ -136,20 +140,22 @@ def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def judge(
-    rewards: Any, examples: Sequence[Example], prompts: list[str], completions: list[list[str]]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rewards of completions [B][N]: in all [B, N], and by each function; by the first process, for all.
-
-    Where a function failed there is nan; so there is in all where every function did.
-    """
+def judge(rewards: Rewards, batch: Batch, examples: Sequence[Example], tokenizer: Any) -> Scores:
+    """Rewards of completions, by the first process for all: one may be slow, or random."""
+    if jax.process_count() == 1:
+        return rewards.of_samples(batch, examples, tokenizer)
 
     def score() -> list:
-        totals, parts = rewards.score(completions, prompts=prompts, columns=[example.columns for example in examples])
-        return [np.asarray(totals).tolist(), {name: np.asarray(part).tolist() for name, part in parts.items()}]
+        scores = rewards.of_samples(batch, examples, tokenizer)
+        parts = {name: values.tolist() for name, values in scores.rewards.items()}
+        return [scores.total.tolist(), parts, [dataclasses.asdict(failure) for failure in scores.failures]]
 
-    totals, parts = distributed.from_first(score)
-    return np.array(totals, np.float64), {name: np.array(part, np.float64) for name, part in parts.items()}
+    total, parts, failures = distributed.from_first(score)
+    return Scores(
+        np.array(total, np.float32),
+        {name: np.array(values, np.float32) for name, values in parts.items()},
+        [Failure(**failure) for failure in failures],
+    )
 
 
 class Rollouts:
@@ -194,26 +200,32 @@ class Rollouts:
                 "completion is cut; give one in stop, or set truncated to keep"
             )
         self.buckets = _buckets(config, policy, examples)
-        self.rewards = config.rewards.build()
+        config.rewards.check({name for example in examples for name in example.columns})
         self._scored_together = scored_together or batch_size
         self._order = order(examples, seed, weights=weights)
         self._num_rollouts = self._num_prompts = 0  # so far
         self._ahead: collections.deque[Batch] = collections.deque()  # minibatches still to be trained on
         self._numbers: dict[str, Mean] = {}
+        self._beta = getattr(method, "beta", None)  # which some methods adapt
         self._advantages = jax.jit(method.advantages)
         self._digest = _digest(examples)
 
     def start(
-        self, reference: Callable[[Any], dict | None], place: Callable[[Batch], Batch], folder: RunFolder
+        self,
+        reference: Callable[[Any], dict | None],
+        place: Callable[[Batch], Batch],
+        record: Callable[[int, list[dict[str, Any]]], None],
+        dpo_logps: Callable[[Batch], Any] | None = None,
     ) -> Rollouts:
         """What only a run has.
 
         Args:
-            reference: state to the reference's parameters.
+            reference: state to the reference's parameters, or None.
             place: a batch on the host, onto the mesh.
-            folder: where completions are written.
+            record: where completions are written: a step, and rows of it.
+            dpo_logps: log-probs [B, N, T] under the policy that DPO trained, for methods that ask for it.
         """
-        self._reference, self._place, self._folder = reference, place, folder
+        self._reference, self._place, self._record, self._dpo_logps = reference, place, record, dpo_logps
         return self
 
     def next(self, state: Any) -> Batch:
@@ -226,7 +238,8 @@ class Rollouts:
     def get_state(self) -> dict[str, Any]:
         """The position, and what it is a position in; as JSON knows it."""
         assert not self._ahead, "a rollout is trained on to its end before anything is saved"
-        return {"rollouts": self._num_rollouts, "prompts": self._num_prompts, "examples_sha256": self._digest}
+        position = {"rollouts": self._num_rollouts, "prompts": self._num_prompts, "beta": self._beta}
+        return position | {"examples_sha256": self._digest}
 
     def set_state(self, position: dict[str, Any]) -> None:
         """
@@ -235,7 +248,7 @@ class Rollouts:
         """
         if position["examples_sha256"] != self._digest:
             raise ValueError("the saved position is one in other prompts; use the same data, or a new run")
-        self._num_rollouts, self._num_prompts = position["rollouts"], position["prompts"]
+        self._num_rollouts, self._num_prompts, self._beta = (position[n] for n in ("rollouts", "prompts", "beta"))
         self._ahead.clear()
 
     def timed(self, update: Callable) -> Callable:
@@ -279,19 +292,31 @@ class Rollouts:
             everything.append(scored)
             kept.append(scored.take(~scored.equal) if self.config.dynamic_sampling else scored)
         scored = Scored.join(kept)
-        batch = self._with_logps(self._cut(scored.batch), state)
+        batch, dpo_logps = self._with_logps(self._cut(scored.batch), state)
         differences = np.abs(batch.old_logps - scored.batch.old_logps[:, :, : batch.old_logps.shape[2]])
-        whole = jax.device_get(self._advantages(_filled(batch, self.config.prompts_per_rollout)))
+        whole = self._with_advantages(batch, scored.truncated, dpo_logps)
         clock("time/score")
         self._numbers = numbers(Scored.join(everything), batch, differences) | clock.means
         generated = sum(int(part.batch.completion_mask.sum()) for part in everything)
         self._numbers["speed/generate_tokens_per_second"] = _mean(generated, clock.seconds["time/generate"])
         if self._num_rollouts % self.config.log_every_rollouts == 0:
             shown = rows(scored, whole, self.tokenizer, self._num_rollouts, self.config.num_logged_prompts)
-            self._folder.sample(int(state.step) + 1, shown)  # of the first update that is made of them
+            self._record(int(state.step) + 1, shown)  # of the first update that is made of them
         minibatches = self._minibatches()
         self._num_rollouts += 1
         return [_take(whole, part) for part in minibatches]
+
+    def _with_advantages(self, batch: Batch, truncated: np.ndarray, dpo_logps: np.ndarray | None) -> Batch:
+        num_rows = self.config.prompts_per_rollout
+        offered = {"truncated": _filled(truncated, num_rows), "beta": self._beta}
+        if getattr(self.method, "needs_dpo", False):
+            offered["dpo_logps"] = _filled(dpo_logps, num_rows)
+        asked = _of_these(self.method, offered)
+        whole = jax.device_get(self._advantages(_filled(batch, num_rows), **asked))
+        if hasattr(self.method, "adapted") and batch.ref_logps is not None and len(truncated):
+            kl = np.where(batch.loss_mask, batch.old_logps - batch.ref_logps, 0).sum(-1)  # of each completion
+            self._beta = float(self.method.adapted(self._beta, float(kl.mean()), kl.size))
+        return whole
 
     def _minibatches(self) -> list[np.ndarray]:
         """Rows of each, of all epochs."""
@@ -303,9 +328,8 @@ class Rollouts:
 
     def _scored(self, examples: list[Example], batch: Batch) -> Scored:
         """With rewards; a completion that got none does not count in the loss, and methods leave its nan out."""
-        texts = rollouts.completions(batch, self.tokenizer)
-        prompts = [self.tokenizer.decode(example.prompt) for example in examples]
-        totals, parts = judge(self.rewards, examples, prompts, texts)
+        scores = judge(self.config.rewards, batch, examples, self.tokenizer)
+        totals = scores.total
         last = np.take_along_axis(batch.completion_tokens, batch.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
         truncated = ~np.isin(last, self.sampling.stop_tokens)
         if self.config.truncated == "penalise":
@@ -315,11 +339,11 @@ class Rollouts:
         sources = None if examples[0].source is None else np.array([example.source for example in examples], np.int32)
         batch = dataclasses.replace(
             batch,
-            rewards=totals.astype(np.float32),
+            rewards=totals,
             loss_mask=batch.completion_mask & ~unread[..., None],
             sources=sources,
         )
-        return Scored(examples, prompts, texts, batch, truncated, totals, parts)
+        return Scored(examples, batch, truncated, scores.rewards, scores.failures)
 
     def _cut(self, batch: Batch) -> Batch:
         """Completions as wide as the rollout's longest needs."""
@@ -328,24 +352,31 @@ class Rollouts:
         wide = ("completion_tokens", "completion_mask", "loss_mask", "old_logps")
         return dataclasses.replace(batch, **{name: getattr(batch, name)[:, :, :length] for name in wide})
 
-    def _with_logps(self, batch: Batch, state: Any) -> Batch:
-        """What the trainer makes of the samples before it changes: its own log-probs, the reference's, a critic's."""
+    def _with_logps(self, batch: Batch, state: Any) -> tuple[Batch, np.ndarray | None]:
+        """What the trainer makes of the samples before it changes: its own log-probs, the reference's, a critic's.
+
+        And those of the DPO policy, where the method asks for them.
+        """
         ref_params = self._reference(state)
-        asked = {"old_logps": (self.policy.logps, state.params)}
+        asked = {"old_logps": functools.partial(self.policy.logps, state.params)}
         if ref_params is not None:
-            asked["ref_logps"] = (self.policy.logps, ref_params)
+            asked["ref_logps"] = functools.partial(self.policy.logps, ref_params)
         if "values" in getattr(self.method, "outputs", ()):
-            asked["values"] = (self.policy.values, state.params)
+            asked["values"] = functools.partial(self.policy.values, state.params)
+        if getattr(self.method, "needs_dpo", False):
+            assert self._dpo_logps is not None, "the run knows a DPO policy where the method asks for one"
+            asked["dpo_logps"] = self._dpo_logps
         size = self._scored_together
         bare = dataclasses.replace(batch, rewards=None, old_logps=None, sources=None)
         found: dict[str, list] = {name: [] for name in asked}
         for start in range(0, max(len(batch.prompt_tokens), 1), size):
             rows = np.arange(len(batch.prompt_tokens))[start : start + size]
             part = self._place(_filled(_take(bare, rows), size))
-            for name, (function, params) in asked.items():
-                found[name].append(function(params, part))
+            for name, function in asked.items():
+                found[name].append(function(part))
         whole = {name: np.concatenate(x)[: len(batch.prompt_tokens)] for name, x in distributed.fetch(found).items()}
-        return dataclasses.replace(batch, **whole)
+        dpo_logps = whole.pop("dpo_logps", None)
+        return dataclasses.replace(batch, **whole), dpo_logps
 
 
 class _Clock:
@@ -365,18 +396,22 @@ class _Clock:
         return {what: _mean(seconds) for what, seconds in self.seconds.items()}
 
 
-def _mean(value: float, count: float = 1) -> Mean:
+def _mean(value: float | int, count: float | int = 1) -> Mean:
     return Mean(np.float64(value), np.float64(count))
+
+
+def _of_these(method: Any, offered: dict[str, Any]) -> dict[str, Any]:
+    """What `method.advantages` reads beside the batch."""
+    return {name: offered[name] for name in inspect.signature(method.advantages).parameters if name in offered}
 
 
 def _take(batch: Batch, rows: np.ndarray) -> Batch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _filled(batch: Batch, num_rows: int) -> Batch:
-    """With empty rows after its own, whose masks are all False."""
-    missing = num_rows - len(batch.prompt_tokens)
-    return jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1)), batch) if missing else batch
+def _filled(tree: Any, num_rows: int) -> Any:
+    """A batch, or an array, with empty rows after its own, whose masks are all False."""
+    return jax.tree.map(lambda x: np.pad(x, [(0, num_rows - len(x))] + [(0, 0)] * (np.ndim(x) - 1)), tree)
 
 
 def _buckets(config: Config, policy: Any, examples: Sequence[Example]) -> Buckets:

@@ -13,6 +13,7 @@ import optax
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     learning_rate: float  # at its peak
+    critic_learning_rate: float | None = None  # of what estimates values: a critic, a scalar head; None for the same
     name: Literal["adamw", "rmsprop", "adafactor", "sgd"] = "adamw"  # the rule, as Optax has it
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up; the last two fall to zero
     warmup_steps: int = 0  # linear; the first update takes 1 / warmup_steps of the peak
@@ -34,6 +35,8 @@ class Config:
             "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
             "epsilon": (0 < self.epsilon < math.inf, "> 0 and finite"),
         }
+        if self.critic_learning_rate is not None:
+            checks["critic_learning_rate"] = (0 < self.critic_learning_rate < math.inf, "> 0 and finite, or None")
         for name, (good, allowed) in checks.items():
             if not good:
                 raise ValueError(f"optimizer: {name} must be {allowed}, got {getattr(self, name)!r}")
@@ -62,7 +65,18 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip to the global norm, then the named optimizer under `schedule`."""
+    """Clip to the global norm, then the named optimizer under `schedule`.
+
+    Where the critic has a learning rate of its own, it is clipped apart, and follows the schedule at that scale.
+    """
+    if config.critic_learning_rate is not None:
+        scale = config.critic_learning_rate / config.learning_rate
+        same = dataclasses.replace(config, critic_learning_rate=None)
+        rules = {
+            "critic": make_optimizer(same, lambda at: scale * schedule(at)),
+            "rest": make_optimizer(same, schedule),
+        }
+        return optax.partition(rules, whose)
     rule = {
         "adamw": lambda: optax.adamw(
             schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decays
@@ -77,3 +91,12 @@ def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTr
 def decays(params):
     """Which leaves weight decay acts on: all but the norms' scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def whose(params):
+    """Of each leaf whether it estimates values, as a critic and a scalar head do, or is the "rest"."""
+
+    def of(path, _):
+        return "critic" if {"critic", "scalar_head"} & {entry.key for entry in path} else "rest"
+
+    return jax.tree_util.tree_map_with_path(of, params)

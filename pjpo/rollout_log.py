@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from pjpo import rollouts
 from pjpo.data.examples import Example
 from pjpo.metrics import Mean
+from pjpo.rewards.protocol import Failure
 from pjpo.types import Batch
 
 
@@ -20,33 +22,30 @@ class Scored:
     """Prompts with their completions, and what these are worth; NumPy arrays, prompts first."""
 
     examples: list[Example]
-    prompts: list[str]
-    texts: list[list[str]]  # [B][N]
-    batch: Batch  # `old_logps` are the sampler's, `rewards` the totals
+    batch: Batch  # `old_logps` are the sampler's; `rewards` are nan where there is none
     truncated: np.ndarray  # [B, N] bool: no end token
-    totals: np.ndarray  # [B, N]; nan where every reward failed
-    parts: dict[str, np.ndarray]  # of each reward by name, [B, N]; nan where it failed
+    rewards: dict[str, np.ndarray]  # by each function, [B, N]; nan where it failed
+    failures: list[Failure]
 
     @property
     def equal(self) -> np.ndarray:
         """Groups [B] from which nothing is learned: their rewards are all the same, or missing."""
-        missing = np.isnan(self.totals)
-        highest, lowest = np.where(missing, -np.inf, self.totals).max(1), np.where(missing, np.inf, self.totals).min(1)
-        return ~(highest > lowest)
+        rewards = np.asarray(self.batch.rewards)
+        known = np.isfinite(rewards)
+        return ~(np.where(known, rewards, -np.inf).max(1) > np.where(known, rewards, np.inf).min(1))
 
     def take(self, chosen: np.ndarray) -> Scored:
         """The groups where `chosen` [B] is true."""
         rows = np.flatnonzero(chosen)
-        arrays = (self.batch, self.truncated, self.totals, self.parts)
-        lists = ([part[row] for row in rows] for part in (self.examples, self.prompts, self.texts))
-        return Scored(*lists, *jax.tree.map(lambda x: x[rows], arrays))
+        arrays = jax.tree.map(lambda x: x[rows], (self.batch, self.truncated, self.rewards))
+        return Scored([self.examples[row] for row in rows], *arrays, self.failures)
 
     @classmethod
     def join(cls, parts: Sequence[Scored]) -> Scored:
-        arrays = [(part.batch, part.truncated, part.totals, part.parts) for part in parts]
+        arrays = [(part.batch, part.truncated, part.rewards) for part in parts]
         chain = itertools.chain.from_iterable
-        lists = (list(chain(getattr(part, name) for part in parts)) for name in ("examples", "prompts", "texts"))
-        return cls(*lists, *jax.tree.map(lambda *x: np.concatenate(x), *arrays))
+        examples, failures = (list(chain(getattr(p, name) for p in parts)) for name in ("examples", "failures"))
+        return cls(examples, *jax.tree.map(lambda *x: np.concatenate(x), *arrays), failures)
 
 
 def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, Mean]:
@@ -57,12 +56,12 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
         batch: what is trained on, with `old_logps` and, if there is a reference, `ref_logps`.
         differences: between the log-probs of trainer and sampler, [B, N, T]; nats.
     """
-    known = ~np.isnan(scored.totals)
+    totals = np.asarray(scored.batch.rewards, np.float64)
     lengths = np.asarray(scored.batch.completion_mask).sum(-1)
     ended = ~scored.truncated
     found = {
-        "reward": _mean(scored.totals, known),
-        "reward_std": _mean(_stds(scored.totals)),
+        "reward": _mean(totals, np.isfinite(totals)),
+        "reward_std": _mean(_stds(totals)),
         "frac_reward_zero_std": _mean(scored.equal),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": _mean([lengths.min()]),
@@ -70,12 +69,11 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
         "completions/clipped_ratio": _mean(scored.truncated),
         "completions/mean_terminated_length": _mean(lengths, ended),
     }
-    for name, values in scored.parts.items():
-        here = ~np.isnan(values)
+    for name, values in scored.rewards.items():
+        here = np.isfinite(values)
         found[f"rewards/{name}/mean"] = _mean(values, here)
         found[f"rewards/{name}/std"] = _mean([values[here].std(ddof=1)] if here.sum() > 1 else [])
-        if not here.all():
-            found[f"rewards/{name}/failed"] = _mean(~here)
+    found["rewards/failures"] = _mean([len(scored.failures)])
     mask = np.asarray(batch.completion_mask)
     found["entropy"] = _mean(-batch.old_logps, mask)  # of samples at temperature 1, an estimate without bias
     if batch.ref_logps is not None:
@@ -86,25 +84,24 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
 
 
 def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts: int) -> list[dict[str, Any]]:
-    """The completions of the first prompts, one row each, for samples.jsonl."""
+    """The completions of the first prompts, one row each, for samples.jsonl; advantages of tokens as their mean."""
     found = []
-    for b, example in enumerate(scored.examples[:num_prompts]):
-        for n, text in enumerate(scored.texts[b]):
+    for b, (example, group) in enumerate(
+        zip(scored.examples[:num_prompts], rollouts.completions(scored.batch, tokenizer), strict=False)
+    ):
+        for n, text in enumerate(group):
             advantages = np.asarray(batch.advantages)[b, n]
-            if advantages.ndim:  # of tokens: their mean
-                advantages = (
-                    advantages[np.asarray(batch.loss_mask)[b, n]].mean() if batch.loss_mask[b, n].any() else 0.0
-                )
+            counted = np.asarray(batch.loss_mask)[b, n] if advantages.ndim else np.array(True)
             found.append(
                 {
                     "kind": "rollout",
                     "rollout": rollout,
                     "id": example.id,
-                    "prompt": scored.prompts[b],
+                    "prompt": tokenizer.decode(example.prompt),
                     "completion": text,
-                    "reward": _rounded(scored.totals[b, n]),
-                    "rewards": {name: _rounded(values[b, n]) for name, values in scored.parts.items()},
-                    "advantage": _rounded(advantages),
+                    "reward": _rounded(scored.batch.rewards[b, n]),
+                    "rewards": {name: _rounded(values[b, n]) for name, values in scored.rewards.items()},
+                    "advantage": _rounded(_mean(advantages, counted).value()),
                     "num_tokens": int(np.asarray(scored.batch.completion_mask)[b, n].sum()),
                     "truncated": bool(scored.truncated[b, n]),
                 }
@@ -114,7 +111,7 @@ def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts
 
 def _stds(rewards: np.ndarray) -> list[float]:
     """Of each group that has two rewards or more."""
-    groups = (group[~np.isnan(group)] for group in rewards)
+    groups = (group[np.isfinite(group)] for group in rewards)
     return [float(group.std(ddof=1)) for group in groups if len(group) > 1]
 
 

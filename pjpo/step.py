@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 
 from pjpo import layout, sharding
 from pjpo.metrics import Mean
+from pjpo.models.policy import joined
 from pjpo.types import Batch
 
 Reference = Literal["none", "online", "stored", "adapter"]
@@ -123,7 +124,7 @@ def make_update(
         trainable, frozen = policy.trainable(state.params)
 
         def forward(trainable, part):
-            return outputs_of(method, policy, trainable | frozen, part)
+            return outputs_of(method, policy, joined(trainable, frozen), part)
 
         def reference_of(part):
             return reference_logps(policy, reference, state.params, ref_params, part)
@@ -158,7 +159,7 @@ def make_update(
             grads, (mean, metrics) = _add_up(gradient, _split(batch, num_microbatches))
         grads = jax.tree.map(lambda g, p: (g / jnp.maximum(mean.count, 1)).astype(p.dtype), grads, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        params = optax.apply_updates(trainable, updates) | frozen
+        params = joined(optax.apply_updates(trainable, updates), frozen)
         metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.tree.norm(grads))}
         if schedule is not None:
             metrics["learning_rate"] = Mean.of(jnp.asarray(schedule(state.step), jnp.float32))

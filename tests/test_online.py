@@ -15,8 +15,9 @@ from experiments import registry
 from pjpo import experiment, online, runs
 from pjpo.data.batches import order
 from pjpo.data.examples import Example
-from pjpo.metrics import Mean
 from pjpo.methods import dpo, grpo
+from pjpo.metrics import Mean
+from pjpo.rewards.protocol import Rewards
 from pjpo.sampling import Prompts, sequence_keys
 from pjpo.step import State
 from pjpo.types import Batch
@@ -39,37 +40,20 @@ class Alphabet:
         return [ord(letter) - 97 for letter in text]
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Rewards by a function of (text, row of the data)."""
-
-    of: object
-
-    def build(self):
-        return self
-
-    def score(self, completions, *, prompts, columns):
-        totals = [[self.of(text, c["row"]) for text in group] for group, c in zip(completions, columns, strict=True)]
-        return totals, {"made_up": totals}
-
-
-def length(text, row):
+def long_with_h(text, row):
     return len(text) + 0.5 * text.count("h")
 
 
-class Folder:
-    def __init__(self):
-        self.rows = []
-
-    def sample(self, step, rows):
-        self.rows += [(step, row) for row in rows]
-
-
-def make(of=length, method=METHOD, batch_size=2, examples=EXAMPLES, **settings):
+def make(of=long_with_h, method=METHOD, batch_size=2, examples=EXAMPLES, **settings):
     settings = {"prompts_per_rollout": 4, "num_completions": 3, "max_completion_tokens": 6} | settings
-    config = online.Config(rewards=Scores(of), **settings)
+
+    def made_up(completions, *, row):
+        return [of(text, number) for text, number in zip(completions, row, strict=True)]
+
+    config = online.Config(rewards=Rewards(functions=(made_up,), weights=(1.0,)), **settings)
     made = online.Rollouts(config, method, POLICY, Alphabet(), examples, batch_size=batch_size, seed=5)
-    return made.start(lambda state: reference(), lambda batch: batch, Folder())
+    made.rows = []
+    return made.start(lambda state: reference(), lambda batch: batch, lambda step, rows: made.rows.append((step, rows)))
 
 
 @functools.cache
@@ -112,7 +96,7 @@ def test_a_rollout_is_what_its_parts_make_one_by_one():
         tokens, mask = np.asarray(alone.tokens), np.asarray(alone.mask)
         texts.append([Alphabet().decode(t[m]) for t, m in zip(tokens[0], mask[0], strict=True)])
         batch = Batch.of(prompt_tokens=prompt, completion_tokens=tokens, completion_mask=mask)
-        rewards = np.array([[length(text, row) for text in texts[-1]]], np.float32)
+        rewards = np.array([[long_with_h(text, row) for text in texts[-1]]], np.float32)
         centred = rewards - rewards.mean()
         rows.append(
             dataclasses.replace(
@@ -157,16 +141,16 @@ def test_it_goes_on_where_it_was_saved():
     resumed = make(num_epochs=2, dynamic_sampling=True)
     resumed.set_state(position)
     jax.tree.map(np.testing.assert_array_equal, whole(resumed, state(4)), second)
-    with pytest.raises(ValueError, match="a position in other prompts"):
+    with pytest.raises(ValueError, match="position is one in other prompts"):
         make(examples=EXAMPLES[1:]).set_state(position)
     changed = [dataclasses.replace(example, columns={"row": 9}) for example in EXAMPLES]
-    with pytest.raises(ValueError, match="a position in other prompts"):
+    with pytest.raises(ValueError, match="position is one in other prompts"):
         make(examples=changed).set_state(position)
 
 
 def test_groups_of_equal_rewards_are_left_out_and_replaced():
     def useless(text, row):
-        return 1.0 if row in (0, 2, 3, 6) else length(text, row)
+        return 1.0 if row in (0, 2, 3, 6) else long_with_h(text, row)
 
     rows = [order(EXAMPLES, 5)[at] for at in range(14)]
     made = make(useless, dynamic_sampling=True, max_refills=9)
@@ -192,7 +176,7 @@ def test_groups_of_equal_rewards_are_left_out_and_replaced():
 
 def test_a_completion_without_a_reward_does_not_count():
     def fails(text, row):
-        return np.nan if len(text) == 6 else length(text, row)
+        return np.nan if len(text) == 6 else long_with_h(text, row)
 
     made = make(fails)
     found = whole(made)
@@ -203,7 +187,7 @@ def test_a_completion_without_a_reward_does_not_count():
     assert found.loss_mask[~failed][:, 0].all()
     assert np.isfinite(found.advantages).all()
     assert made._numbers["reward"].value() == pytest.approx(np.nanmean(found.rewards))
-    assert made._numbers["rewards/made_up/failed"].value() == pytest.approx(failed.mean())
+    assert made._numbers["rewards/failures"].value() == failed.sum()
 
 
 def test_truncated_completions_are_kept_masked_or_penalised():
@@ -236,6 +220,7 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
         "reward_std": np.mean([group.std(ddof=1) for group in batch.rewards]),
         "rewards/made_up/mean": batch.rewards.mean(),
         "rewards/made_up/std": batch.rewards.std(ddof=1),
+        "rewards/failures": 0.0,
         "frac_reward_zero_std": np.mean([len(set(group)) == 1 for group in batch.rewards]),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -259,13 +244,12 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
 def test_completions_are_written_with_rewards_and_advantages():
     made = make(log_every_rollouts=2, num_logged_prompts=2)
     batches = [whole(made, state(2 * number)) for number in range(3)]
-    rows = made._folder.rows
-    assert [(step, row["rollout"]) for step, row in rows] == [(1, 0)] * 6 + [(5, 2)] * 6
+    assert [(step, [row["rollout"] for row in rows]) for step, rows in made.rows] == [(1, [0] * 6), (5, [2] * 6)]
     first = by_prompt(batches[0])
-    for _, row in rows[:6]:
+    for row in made.rows[0][1]:
         (b, n), *others = np.argwhere(np.isclose(first.advantages, row["advantage"], atol=1e-4)).tolist()
         assert row["reward"] == pytest.approx(first.rewards[b, n]) == row["rewards"]["made_up"]
-        assert row["reward"] == length(row["completion"], None)
+        assert row["reward"] == long_with_h(row["completion"], None)
         assert row["num_tokens"] == len(row["completion"])
         assert row["truncated"] == (row["completion"][-1] > "d")
         assert row["kind"] == "rollout"
@@ -282,7 +266,7 @@ def test_completions_are_written_with_rewards_and_advantages():
         ({"prompts_per_rollout": 5}, "prompts_per_rollout 5 is not divisible by batch_size 2; use 4 or 6"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(settings, message):
+def test_what_cannot_be_sampled_is_refused(settings, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make(**settings)
 
@@ -325,7 +309,9 @@ ROLLOUTS = tiny_online.EXPERIMENT.rollouts
     ],
 )
 def test_settings_that_do_not_fit_are_refused_first(changes, message, tmp_path):
-    value = registry.override(tiny_online.EXPERIMENT, {"mesh.data": 1, "mesh.model": 8} | changes)
+    value = registry.override(
+        tiny_online.EXPERIMENT, {"mesh.data": 1, "mesh.model": 8, "optimizer.warmup_steps": 0} | changes
+    )
     with pytest.raises(ValueError, match=message):
         experiment.run("tiny", value, root=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from experiments.registry import Experiment, Model, launch
 from pjpo import online, optim, runs, train
 from pjpo.data.examples import Data, Example
 from pjpo.methods import grpo
+from pjpo.rewards.protocol import Rewards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +32,9 @@ class Prompts:
         return Data(train=train, held_out=held_out, counts={"rows": len(examples)}, about="made-up prompts")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Letters:
-    """The share of completions' characters below "n"."""
-
-    def build(self):
-        return self
-
-    def score(self, completions, *, prompts, columns):
-        shares = [[np.mean([c < "n" for c in text] or [0.0]) for text in group] for group in completions]
-        return shares, {"letters": shares}
+def early_letters(completions, **columns):
+    """The share of characters before "n"."""
+    return [float(np.mean([letter < "n" for letter in text] or [False])) for text in completions]
 
 
 EXPERIMENT = Experiment(
@@ -49,15 +43,15 @@ EXPERIMENT = Experiment(
     model=Model(source=""),
     data=Prompts(),
     rollouts=online.Config(
-        rewards=Letters(),
+        rewards=Rewards(functions=(early_letters,), weights=(1.0,)),
         prompts_per_rollout=4,
         num_epochs=2,
-        num_completions=4,
+        num_completions=8,
         max_completion_tokens=8,
         sampling_batch_size=3,
         log_every_rollouts=2,
     ),
-    optimizer=optim.Config(learning_rate=1e-2, warmup_steps=4),
+    optimizer=optim.Config(learning_rate=0.1, warmup_steps=4),
     loop=train.Loop(num_steps=96, checkpoint_every_steps=8),
     batch_size=2,  # so a rollout is four updates, and prompts' epochs end within rollouts
     reference="online",

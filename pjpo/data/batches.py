@@ -201,8 +201,8 @@ def order(
     shuffle: bool = True,
     num_epochs: int | None = None,
     weights: Sequence[float] = (),
-) -> Sequence[int]:
-    """The row at each place of a run: epoch after epoch, each shuffled anew. Arguments as `Batches` has them."""
+) -> Any:
+    """The row at each place of a run, by index: epoch after epoch, each shuffled anew. Arguments as in `Batches`."""
     import grain  # here, because it costs a third of a second
 
     def repeated(rows: np.ndarray, seed: int):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +11,13 @@ import numpy as np
 from pjpo import checks, online, rollouts
 from pjpo.evals.result import Result
 from pjpo.evals.sentiment import mean_and_stderr
+from pjpo.rewards.protocol import Rewards
 from pjpo.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    rewards: Any  # see `pjpo.rewards`
+    rewards: Rewards  # of which the mean is `reward`
     num_completions: int = 1  # of each held-out prompt
     max_completion_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy
@@ -36,7 +36,8 @@ class Config:
         """
         if not data.held_out:
             raise ValueError("rewarded: the data holds no prompts to evaluate on; set its num_held_out to 1 or more")
-        rewards, tokenizer = self.rewards.build(), context.tokenizer
+        self.rewards.check({name for example in data.held_out for name in example.columns})
+        tokenizer = context.tokenizer
         sampling = Sampling(
             num_completions=self.num_completions,
             max_completion_tokens=self.max_completion_tokens,
@@ -44,7 +45,6 @@ class Config:
             stop_tokens=online.stop_tokens(self.stop, tokenizer),
         )
         prompts = [example.prompt for example in data.held_out]
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
         key = jax.random.fold_in(context.key, zlib.crc32(b"rewarded"))
 
         def evaluate(params, ref_params, *, title: str = "evaluating") -> Result:
@@ -52,15 +52,16 @@ class Config:
             batch = rollouts.rollouts(
                 context.policy, params, prompts, key, sampling, batch_size=self.batch_size, title=title
             )
-            completions = rollouts.completions(batch, tokenizer)
-            totals, parts = online.judge(rewards, data.held_out, texts, completions)
+            scores = online.judge(self.rewards, batch, data.held_out, tokenizer)
             metrics = {}
-            for name, values in {"reward": totals, **{f"rewards/{name}": part for name, part in parts.items()}}.items():
+            parts = {f"rewards/{name}": values for name, values in scores.rewards.items()}
+            for name, values in {"reward": scores.total, **parts}.items():
                 metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr(np.nan_to_num(values))
             metrics["mean_length"] = float(batch.completion_mask.sum(-1).mean())
+            texts = rollouts.texts(batch, tokenizer)
             samples = [
-                {"prompt": text, "text": text + group[0], "reward": round(float(reward[0]), 3)}
-                for text, group, reward in zip(texts, completions, totals, strict=True)
+                {"prompt": tokenizer.decode(prompt), "text": group[0], "reward": round(float(reward[0]), 3)}
+                for prompt, group, reward in zip(prompts, texts, scores.total, strict=True)
             ]
             return Result(metrics=metrics, samples=samples)
 

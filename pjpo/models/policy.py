@@ -118,6 +118,12 @@ class Policy:
         return {"params": params["params"]}
 
 
+def joined(trainable: dict, frozen: dict) -> dict:
+    """The inverse of `trainable`, also where params are of several models, by name."""
+    both = trainable.keys() & frozen.keys()
+    return trainable | frozen | {name: joined(trainable[name], frozen[name]) for name in both}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _logps(config: Config, params: dict, batch: Batch) -> Array:
     streams, hidden = _hidden(config, params, batch)
