@@ -32,7 +32,7 @@ import pytest
 # Of two processes each takes the next file: the longest first, so that both end together.
 LONGEST = (
     *("test_experiment.py", "test_distributed.py", "test_step.py", "test_policy.py"),
-    *("test_contract.py", "test_sampling.py", "test_smoke.py", "test_plan.py"),
+    *("test_contract.py", "test_sampling.py", "test_smoke.py", "test_plan.py", "test_online.py"),
 )
 
 

@@ -80,7 +80,12 @@ class Config:
                 for place, entry in problems
             )
 
-        data = Data(train=encoded(train), held_out=encoded(held_out), counts=dict(tally.counts), about="")
+        data = Data(
+            train=encoded(train),
+            held_out=encoded(held_out),
+            counts={"problems": len(entries), **tally.counts},
+            about="",
+        )
         first = context.tokenizer.decode(data.train[0].prompt)
         about = (
             f"{len(train)} problems of {self.task} to train on, {len(held_out)} others held out; the first:\n{first}"

@@ -120,7 +120,10 @@ def test_a_study_ends_within_a_minute_with_its_verdicts(smoke, name):
     assert "<h2>Plot</h2>" in (done.folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.values != ("sft_reviews",)])
+ONLINE = [name for name in EXPERIMENTS if registry.get(name).rollouts]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] not in ("sft_reviews", *ONLINE)])
 def test_metrics_have_trl_s_names(smoke, name):
     metrics = smoke(name).run.metrics
     assert {n for n in metrics if not n.startswith("eval/")} == DPO
@@ -128,6 +131,24 @@ def test_metrics_have_trl_s_names(smoke, name):
     assert metrics["loss"][1][0] == pytest.approx(np.log(2), abs=1e-5)
     assert metrics["rewards/margins"][1][0] == pytest.approx(0, abs=1e-4)
     assert metrics["logps/chosen"][1][0] < -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONLINE)
+def test_rollouts_have_trl_s_names_and_go_to_the_samples(smoke, name):
+    run = smoke(name).run
+    value = registry.override(registry.get(name), registry.get(name).smoke)
+    names = {"loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "num_tokens"}
+    names |= {f"completions/{what}" for what in ("mean_length", "min_length", "max_length", "clipped_ratio")}
+    names |= {f"sampling/sampling_logp_difference/{what}" for what in ("mean", "max")}
+    names |= {f"time/{what}" for what in ("generate", "reward", "score", "update")}
+    names |= {f"speed/{what}_tokens_per_second" for what in ("generate", "update")}
+    assert names <= run.metrics.keys()
+    assert run.metrics["kl"][1][0] == pytest.approx(0, abs=1e-5)  # where nothing was trained yet
+    rows = [row for row in run.samples if row["kind"] == "rollout"]
+    assert {row["step"] for row in rows} == {1}  # of the first of three rollouts
+    assert len(rows) == value.rollouts.num_logged_prompts * value.rollouts.num_completions
+    assert {"prompt", "completion", "reward", "rewards", "advantage", "truncated"} <= rows[0].keys()
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""GRPO on one-digit arithmetic: SmolLM2 learns sums and differences from right and wrong alone.
+
+    python -m experiments.grpo_arithmetic
+
+SmolLM2-135M-Instruct completes lines such as "7 - 4 =" behind four solved ones; reasoning-gym's scorer says of each of
+8 samples whether it is right, and GRPO trains adapters on the difference within each group (Shao et al. 2024). On 64
+held-out problems, along training: greedy accuracy, and the share that samples solve.
+Expect, within 45 minutes on two CPU cores: accuracy from about 0.45 clearly up.
+"""
+
+from experiments.registry import Experiment, Model, launch
+from pjpo import online, optim, train
+from pjpo.data import tasks
+from pjpo.evals import exact_match
+from pjpo.methods import grpo
+from pjpo.models import lora
+from pjpo.rewards import reasoning_gym
+from pjpo.rewards.protocol import Rewards
+
+RIGHT = Rewards(functions=(reasoning_gym.Config(extract="first number"),), weights=(1.0,))
+EXPERIMENT = Experiment(
+    loss=grpo.loss,
+    method=grpo.Config(beta=0.01),
+    # The published weights are bfloat16, so nothing is lost by keeping them so, and decoding reads half as much.
+    model=Model(source="smollm2-135m-instruct", param_dtype="bfloat16", lora=lora.Config(rank=16)),
+    data=tasks.Config(
+        task="chain_sum",
+        settings='{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}',
+        num_train=96,
+        num_held_out=64,
+        form="plain",
+        template="{expression} =",
+        num_shots=4,
+    ),
+    rollouts=online.Config(
+        rewards=RIGHT, prompts_per_rollout=16, num_completions=8, max_completion_tokens=4, stop=("\n",)
+    ),
+    evaluation=exact_match.Config(rewards=RIGHT, max_completion_tokens=4),
+    optimizer=optim.Config(learning_rate=1e-4, warmup_steps=10),
+    loop=train.Loop(num_steps=240, log_every_steps=2, evaluate_every_steps=40, checkpoint_every_steps=40),
+    batch_size=8,
+    reference="adapter",
+    keep_best_by=("eval/accuracy", "max"),
+    smoke={
+        "model.source": "glassllm-en",
+        "data.num_train": 16,
+        "data.num_held_out": 8,
+        "data.num_shots": 1,
+        "rollouts.stop": (),
+        "optimizer.warmup_steps": 2,
+        "loop": train.Loop(num_steps=6, evaluate_every_steps=2, checkpoint_every_steps=2),
+    },
+)
+if __name__ == "__main__":
+    launch(EXPERIMENT)
