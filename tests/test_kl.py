@@ -71,3 +71,4 @@ def test_finite_far_apart(logp, ref_logp):
     for estimator in kl.ESTIMATORS.values():
         value, slope = jax.value_and_grad(estimator)(jnp.float32(logp), jnp.float32(ref_logp))
         assert np.isfinite([value, slope]).all()
+    np.testing.assert_allclose(kl.k3(jnp.float32(-1e4), jnp.float32(-1)), np.exp(20) - 21, rtol=1e-6)

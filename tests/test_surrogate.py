@@ -52,17 +52,18 @@ def draw(seed=0, shape=(3, 4, 6), noise=0.3):
 
 def test_a_completions_ratio_has_the_gradient_of_its_mean_and_a_tokens_its_own():
     with online.x64("float64"):
-        logps, old_logps, mask, _ = draw()
-        mean = (jnp.where(mask, logps - old_logps, 0).sum(-1) / mask.sum(-1))[..., None]
+        logps, old_logps, mask, rng = draw()
+        weights = jnp.where(mask, rng.normal(size=mask.shape), 0)
+        lengths = mask.sum(-1, keepdims=True)
+        whole = jnp.exp(jnp.where(mask, logps - old_logps, 0).sum(-1, keepdims=True) / lengths)
 
-        def sum_of(importance):
-            return jax.grad(lambda x: jnp.where(mask, surrogate.ratios(x, old_logps, mask, importance), 0).sum())(logps)
+        def slope(importance):
+            return jax.grad(lambda x: (weights * surrogate.ratios(x, old_logps, mask, importance)).sum())(logps)
 
-        expected = jnp.where(mask, jnp.exp(mean), 0)  # the sum over |y| tokens of s, each with a |y|-th of its gradient
-        np.testing.assert_allclose(sum_of("sequence"), expected, rtol=1e-12)
-        np.testing.assert_allclose(sum_of("sequence_token"), expected, rtol=1e-12)
-        by_token = surrogate.ratios(logps, old_logps, mask)
-        np.testing.assert_allclose(sum_of("token"), jnp.where(mask, by_token, 0), rtol=1e-12)
+        shared = jnp.where(mask, whole * weights.sum(-1, keepdims=True) / lengths, 0)
+        np.testing.assert_allclose(slope("sequence"), shared, rtol=1e-12)
+        np.testing.assert_allclose(slope("sequence_token"), whole * weights, rtol=1e-12)
+        np.testing.assert_allclose(slope("token"), jnp.exp(logps - old_logps) * weights, rtol=1e-12)
 
 
 @pytest.mark.parametrize("how", surrogate.AGGREGATIONS[:3])
@@ -95,9 +96,22 @@ def test_a_rollouts_first_update_is_not_moved_by_clips_or_importance(how):
 
 
 def test_without_old_log_probs_the_policy_is_its_own():
-    logps, _, mask, _ = draw()
-    for importance in surrogate.IMPORTANCES:
-        np.testing.assert_array_equal(surrogate.ratios(logps, None, mask, importance), 1)
+    with online.x64("float64"):
+        logps, _, mask, _ = draw()
+        for importance in surrogate.IMPORTANCES:
+            found, slope = jax.value_and_grad(lambda x: surrogate.ratios(x, None, mask, importance).sum())(logps)  # noqa: B023
+            np.testing.assert_allclose(found, mask.size)
+            np.testing.assert_allclose(slope, mask, atol=1e-12)
+
+
+def test_ratios_stay_finite_and_advantages_may_be_tokens():
+    mask = jnp.ones((1, 1, 2), bool)
+    for importance in ("token", "sequence"):
+        found = surrogate.ratios(jnp.zeros((1, 1, 2)), jnp.full((1, 1, 2), -1e4), mask, importance)
+        np.testing.assert_allclose(found, np.exp(20), rtol=1e-6)
+    tokens = jnp.array([[[1.0, 2.0]]])
+    np.testing.assert_array_equal(surrogate.per_token(tokens, mask), tokens)
+    np.testing.assert_array_equal(surrogate.per_token(tokens[..., 0], mask), [[[1, 1]]])
 
 
 def test_cispo_keeps_the_gradient_of_what_it_clips():
