@@ -83,6 +83,23 @@ def test_golden_advantages(inputs, expected, dtype):
             online.check(config.advantages(rollout).advantages, expected[key], dtype)
 
 
+def test_presets_differ_in_numbers():
+    found = {
+        name: (c.epsilon_low, c.epsilon_high, c.beta, c.kl, c.kl_in)
+        for name in ("GRPO", "DR_GRPO", "DAPO", "GSPO", "RLOO", "REINFORCE_PP")
+        for c in [getattr(grpo, name)]
+    }
+    assert found == {
+        "GRPO": (0.2, 0.2, 0.04, "k3", "loss"),
+        "DR_GRPO": (0.2, 0.2, 0.0, "k3", "loss"),
+        "DAPO": (0.2, 0.28, 0.0, "k3", "loss"),
+        "GSPO": (3e-4, 4e-4, 0.0, "k3", "loss"),
+        "RLOO": (0.2, 0.2, 0.05, "k1", "reward"),
+        "REINFORCE_PP": (0.2, 0.2, 0.01, "k1", "reward"),
+    }
+    assert (grpo.GRPO.std_ddof, grpo.GRPO.std_eps, grpo.DR_GRPO.max_completion_tokens) == (1, 1e-4, 3000)
+
+
 def rollout(seed=0, shape=(4, 3, 5)):
     rng = np.random.default_rng(seed)
     mask = np.arange(shape[2])[None, None] < rng.integers(1, shape[2] + 1, shape[:2])[..., None]

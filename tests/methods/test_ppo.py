@@ -66,6 +66,14 @@ def test_golden_value_losses(inputs, expected, dtype):
             online.check(2 * mean.value(), expected[key], dtype)
 
 
+def test_defaults():
+    """Those that the paper trained with."""
+    found = ppo.Config()
+    assert (found.epsilon_low, found.epsilon_high, found.value_clip, found.value_weight) == (0.2, 0.2, 0.2, 0.1)
+    assert (found.gamma, found.lam, found.beta, found.aggregation) == (1.0, 0.95, 0.05, "token")
+    assert (found.kl_target, found.missing_end_score, found.old_logps) == (None, None, "rollout")
+
+
 def rollout(seed=0, shape=(4, 2, 6)):
     rng = np.random.default_rng(seed)
     mask = np.arange(shape[2])[None, None] < rng.integers(1, shape[2] + 1, shape[:2])[..., None]

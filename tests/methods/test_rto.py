@@ -65,6 +65,15 @@ def test_golden_values(inputs, expected, dtype):
             np.testing.assert_allclose(found[one].sum(-1), found[other].sum(-1), atol=1e-6)
 
 
+def test_defaults():
+    """Those of the paper; the clips are the released script's."""
+    found = rto.Config()
+    assert (found.dpo_weight, found.beta, found.score_weight) == (0.05, 0.01, 1.0)
+    assert (found.dpo_clip, found.score_clip) == (0.05, 10.0)
+    assert (found.epsilon_low, found.epsilon_high, found.value_clip, found.value_weight) == (0.2, 0.2, 0.2, 0.5)
+    assert (found.gamma, found.lam, found.aggregation, found.variant) == (1.0, 0.95, "sequence", "rto")
+
+
 def test_a_sentences_reward_is_at_its_end():
     rewards = jnp.array([[[1.0, 2.0, 4.0, 8.0, 16.0, 0.0]]])
     mask = jnp.array([[[True] * 5 + [False]]])
