@@ -422,6 +422,19 @@ def test_a_collective_takes_the_time_of_its_slowest_link():
 
 
 @pytest.mark.parametrize(
+    ("message", "temporary"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 12 * 2**30 + 2**29),
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (15.5G) exceeds available", 31 * 2**29),
+        ("RESOURCE_EXHAUSTED: no space left on the disk", None),
+        ("INTERNAL: Used 20.50G of 15.75G hbm.", None),
+    ],
+)
+def test_what_does_not_fit_is_read_off_the_compilers_words(message, temporary):
+    assert plan.overflow(message, held=8 * 2**30) == temporary
+
+
+@pytest.mark.parametrize(
     ("topology", "message"),
     [
         ("v4:2x2", "topology must be cpu:<devices> or one of v5e, v5p, v6e as in v5p:4x4x4, got 'v4:2x2'"),

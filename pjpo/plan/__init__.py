@@ -149,16 +149,28 @@ def _bytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
+def overflow(message: str, held: int) -> int | None:
+    """Bytes of temporaries that a TPU's compiler says do not fit beside the `held`; None if it says something else.
+
+    It tells what everything takes, or, where temporaries alone are too many, what these do.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern, others in ((r"Used ([\d.]+)([KMGT]) of", held), (r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds", 0)):
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))) - others
+    return None
+
+
 def _cost(lowered, held: dict, chip: Chip | None) -> Cost:
     held = {name: _bytes(tree) for name, tree in held.items() if tree is not None}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+        temporary = overflow(str(error), sum(held.values()))
+        if temporary is None:
             raise
-        needed = int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))))
-        return Cost(held=held, temporary=needed - sum(held.values()), fits=False, flops=0, traffic=0, program=None)
+        return Cost(held=held, temporary=temporary, fits=False, flops=0, traffic=0, program=None)
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
