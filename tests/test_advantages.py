@@ -50,6 +50,26 @@ def test_reinforce_pp_baseline(inputs, expected, dtype):
         online.check(found.reshape(4, 4), expected["advantages"], dtype)
 
 
+def test_gae_of_any_leading_axes_and_by_default():
+    rng = np.random.default_rng(0)
+    rewards, values = jnp.asarray(rng.normal(size=(2, 3, 2, 5))), jnp.asarray(rng.normal(size=(2, 3, 2, 5)))
+    mask = jnp.asarray(rng.random((2, 3, 2, 5)) < 0.7)
+    found = adv.gae(rewards, values, mask)
+    for place in np.ndindex(2, 3, 2):
+        one = adv.gae(rewards[place], values[place], mask[place], gamma=1.0, lam=0.95)
+        np.testing.assert_allclose(found[0][place], one[0], atol=1e-6)
+        np.testing.assert_allclose(found[1][place], one[1], atol=1e-6)
+    whole = adv.reinforce_pp(rewards, mask)
+    np.testing.assert_array_equal(whole[0], adv.reinforce_pp(rewards, mask, gamma=1.0)[0])
+    np.testing.assert_allclose(whole[1][..., 0], jnp.where(mask, rewards, 0).sum(-1) * mask[..., 0], atol=1e-5)
+
+
+def test_whitening_of_one_value_and_of_next_to_no_deviation():
+    np.testing.assert_array_equal(adv.whiten(jnp.array([3.0, 5.0]), jnp.array([False, True])), 0)
+    values = jnp.array([-1e-4, 1e-4])  # with a variance of 2e-8, to which 1e-8 is added
+    np.testing.assert_allclose(adv.whiten(values, jnp.ones(2, bool)), values / np.sqrt(3e-8), rtol=1e-5)
+
+
 def test_gae_steps_over_tokens_that_are_not_the_policys():
     # [a, x, b] with x masked is [a, b] with a hole, whatever x is.
     rewards, values = jnp.array([[0.3, jnp.nan, -0.4]]), jnp.array([[0.1, jnp.nan, 0.6]])
@@ -74,6 +94,10 @@ def test_completions_without_a_reward_are_no_baseline():
     of_all = np.std([1.0, 0.0, 0.5, 2.0], ddof=1)
     found = adv.group_relative(rewards, mask, std="batch", eps=0)
     np.testing.assert_allclose(found[0], np.array([0.5, -0.5, 0, 0]) / of_all, atol=1e-6)
+
+
+def test_of_two_completions_each_is_the_others_baseline():
+    np.testing.assert_allclose(adv.leave_one_out(jnp.array([[3.0, 1.0]])), [[2.0, -2.0]])
 
 
 def test_equal_rewards_teach_exactly_nothing():
@@ -106,9 +130,12 @@ def test_an_unknown_deviation_is_refused():
 
 
 def test_scores_are_rewards_of_last_tokens():
-    mask = jnp.array([[True, False, True, False], [False] * 4, [True] * 4])
-    found = adv.at_last(jnp.array([1.0, 2.0, 3.0]), mask)
-    np.testing.assert_array_equal(found, [[0, 0, 1, 0], [0] * 4, [0, 0, 0, 3]])
+    mask = jnp.array([[True, False, True, False], [False] * 4, [True] * 4, [True, True, False, False]])
+    found = adv.at_last(jnp.array([1.0, 2.0, 3.0, 4.0]), mask)
+    expected = [[0, 0, 1, 0], [0] * 4, [0, 0, 0, 3], [0, 4, 0, 0]]
+    np.testing.assert_array_equal(found, expected)
+    halves = adv.at_last(jnp.array([[1.0, 2.0], [3.0, 4.0]]), mask.reshape(2, 2, 4))
+    np.testing.assert_array_equal(halves.reshape(4, 4), expected)
 
 
 def test_shares_of_useful_groups():
