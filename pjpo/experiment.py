@@ -392,7 +392,11 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     )
     if isinstance(batches, online.Rollouts):
         batches.start(
-            reference_model.of, lambda batch: sharding.place_batch(batch, mesh), folder.sample, parts.dpo_logps
+            reference_model.of,
+            lambda batch: sharding.place_batch(batch, mesh),
+            folder.sample,
+            parts.dpo_logps,
+            context.say,
         )
         update = batches.timed(update)
     state = train.train(

@@ -46,6 +46,8 @@ class Config:
     stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own
     truncated: Literal["keep", "mask", "penalise"] = "keep"  # what becomes of completions without an end
     truncation_penalty: float = 1.0  # taken off their reward, where they are penalised
+    pairs: bool = False  # for methods on pairs: train on each group's best against its worst; a tie gives none
+    reference: Literal["run", "rollout"] = "run"  # the run's, or the policy that sampled: iterative DPO's
     dynamic_sampling: bool = False  # leave out groups whose rewards are all equal, and sample new prompts instead
     max_refills: int = 2  # how often; a rollout that still lacks groups is trained on as it is
     sampling_batch_size: int | None = None  # prompts decoded together; None for all of a rollout
@@ -59,7 +61,13 @@ class Config:
         )
         checks.at_least(self, 0, "max_refills", "num_logged_prompts")
         checks.one_of(self, "truncated", ("keep", "mask", "penalise"))
+        checks.one_of(self, "reference", ("run", "rollout"))
         checks.not_negative(self, "truncation_penalty")
+        if self.pairs and (self.num_completions < 2 or self.truncated == "mask"):
+            raise ValueError(
+                "online: pairs need num_completions of 2 or more, both of which count, got "
+                f"{self.num_completions} and truncated {self.truncated!r}; keep or penalise what is truncated"
+            )
         self.sampling(())  # which refuses the rest
 
     def sampling(self, stop_tokens: Sequence[int]) -> Sampling:
@@ -105,10 +113,16 @@ def check(experiment: Any) -> None:
         raise ValueError("reference 'stored' is for data that is there before the run; use 'adapter' or 'online'")
     if experiment.pack:
         raise ValueError("pack is for data that is there before the run; rollouts take False")
-    if not hasattr(method, "advantages"):
+    if config.reference == "rollout" and experiment.reference == "none":
+        raise ValueError("rollouts.reference is 'rollout', but reference is 'none'; use 'adapter' or 'online'")
+    if hasattr(method, "advantages") == config.pairs:
+        does, way_out = ("makes", "False") if config.pairs else ("makes no", "True for a method on pairs, such as dpo,")
         raise ValueError(
-            f"rollouts: {type(method).__module__} makes no advantages of rewards; choose an online method, such as grpo"
+            f"rollouts: {type(method).__module__} {does} advantages of rewards; set rollouts.pairs to {way_out} or "
+            "choose another method"
         )
+    if config.pairs:
+        return
     shape = (config.prompts_per_rollout, config.num_completions, 2)
     floats = np.zeros(shape, np.float32)
     batch = Batch.of(
@@ -207,7 +221,7 @@ class Rollouts:
         self._ahead: collections.deque[Batch] = collections.deque()  # minibatches still to be trained on
         self._numbers: dict[str, Mean] = {}
         self._beta = getattr(method, "beta", None)  # which some methods adapt
-        self._advantages = jax.jit(method.advantages)
+        self._advantages = jax.jit(method.advantages) if not config.pairs else None
         self._digest = _digest(examples)
 
     def start(
@@ -216,6 +230,7 @@ class Rollouts:
         place: Callable[[Batch], Batch],
         record: Callable[[int, list[dict[str, Any]]], None],
         dpo_logps: Callable[[Batch], Any] | None = None,
+        say: Callable[[str], None] = print,
     ) -> Rollouts:
         """What only a run has.
 
@@ -224,8 +239,10 @@ class Rollouts:
             place: a batch on the host, onto the mesh.
             record: where completions are written: a step, and rows of it.
             dpo_logps: log-probs [B, N, T] under the policy that DPO trained, for methods that ask for it.
+            say: where failures of rewards are named.
         """
         self._reference, self._place, self._record, self._dpo_logps = reference, place, record, dpo_logps
+        self._say = say
         return self
 
     def next(self, state: Any) -> Batch:
@@ -290,6 +307,8 @@ class Rollouts:
             everything.append(scored)
             kept.append(scored.take(~scored.equal) if self.config.dynamic_sampling else scored)
         scored = Scored.join(kept)
+        if self.config.pairs:
+            scored = scored.take(~scored.equal).best_and_worst()
         batch, dpo_logps = self._with_logps(self._cut(scored.batch), state)
         differences = np.abs(batch.old_logps - scored.batch.old_logps[:, :, : batch.old_logps.shape[2]])
         whole = self._with_advantages(batch, scored.truncated, dpo_logps)
@@ -306,6 +325,8 @@ class Rollouts:
 
     def _with_advantages(self, batch: Batch, truncated: np.ndarray, dpo_logps: np.ndarray | None) -> Batch:
         num_rows = self.config.prompts_per_rollout
+        if self._advantages is None:
+            return _filled(batch, num_rows)
         offered = {"truncated": _filled(truncated, num_rows), "beta": self._beta}
         if getattr(self.method, "needs_dpo", False):
             offered["dpo_logps"] = _filled(dpo_logps, num_rows)
@@ -327,6 +348,8 @@ class Rollouts:
     def _scored(self, examples: list[Example], batch: Batch) -> Scored:
         """With rewards; a completion that got none does not count in the loss, and methods leave its nan out."""
         scores = judge(self.config.rewards, batch, examples, self.tokenizer)
+        for failure in scores.failures[:3]:
+            self._say(str(failure))
         totals = scores.total
         last = np.take_along_axis(batch.completion_tokens, batch.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
         truncated = ~np.isin(last, self.sampling.stop_tokens)
@@ -357,7 +380,7 @@ class Rollouts:
         """
         ref_params = self._reference(state)
         asked = {"old_logps": functools.partial(self.policy.logps, state.params)}
-        if ref_params is not None:
+        if ref_params is not None and self.config.reference == "run":
             asked["ref_logps"] = functools.partial(self.policy.logps, ref_params)
         if "values" in getattr(self.method, "outputs", ()):
             asked["values"] = functools.partial(self.policy.values, state.params)
@@ -374,6 +397,8 @@ class Rollouts:
                 found[name].append(function(part))
         whole = {name: np.concatenate(x)[: len(batch.prompt_tokens)] for name, x in distributed.fetch(found).items()}
         dpo_logps = whole.pop("dpo_logps", None)
+        if self.config.reference == "rollout":
+            whole["ref_logps"] = whole["old_logps"]
         return dataclasses.replace(batch, **whole), dpo_logps
 
 

@@ -40,6 +40,21 @@ class Scored:
         arrays = jax.tree.map(lambda x: x[rows], (self.batch, self.truncated, self.rewards))
         return Scored([self.examples[row] for row in rows], *arrays, self.failures)
 
+    def best_and_worst(self) -> Scored:
+        """Of each group its first best and its first worst completion, in the places of CHOSEN and REJECTED."""
+        rewards = np.asarray(self.batch.rewards)
+        known = np.isfinite(rewards)
+        best, worst = np.where(known, rewards, -np.inf).argmax(1), np.where(known, rewards, np.inf).argmin(1)
+        places = np.stack([best, worst], axis=1)  # [B, 2]
+
+        def of(x: np.ndarray) -> np.ndarray:
+            return np.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
+
+        names = ("completion_tokens", "completion_mask", "loss_mask", "rewards", "old_logps")
+        batch = dataclasses.replace(self.batch, **{name: of(getattr(self.batch, name)) for name in names})
+        truncated, rewards = jax.tree.map(of, (self.truncated, self.rewards))
+        return Scored(self.examples, batch, truncated, rewards, self.failures)
+
     @classmethod
     def join(cls, parts: Sequence[Scored]) -> Scored:
         arrays = [(part.batch, part.truncated, part.rewards) for part in parts]
@@ -75,11 +90,14 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
         found[f"rewards/{name}/std"] = _mean([values[here].std(ddof=1)] if here.sum() > 1 else [])
     found["rewards/failures"] = _mean([len(scored.failures)])
     mask = np.asarray(batch.completion_mask)
+    differences = differences[mask]
+    found["sampling/sampling_logp_difference/mean"] = _mean(differences)
+    found["sampling/sampling_logp_difference/max"] = _mean([differences.max(initial=0)])
+    if mask.shape[1] < lengths.shape[1]:  # a choice by reward is no sample of the policy
+        return found
     found["entropy"] = _mean(-batch.old_logps, mask)  # of samples at temperature 1, an estimate without bias
     if batch.ref_logps is not None:
         found["kl"] = _mean(batch.old_logps - batch.ref_logps, mask)  # the same of the KL, nats per token
-    found["sampling/sampling_logp_difference/mean"] = _mean(differences, mask)
-    found["sampling/sampling_logp_difference/max"] = _mean([differences[mask].max(initial=0)])
     return found
 
 
@@ -90,8 +108,6 @@ def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts
         zip(scored.examples[:num_prompts], rollouts.completions(scored.batch, tokenizer), strict=False)
     ):
         for n, text in enumerate(group):
-            advantages = np.asarray(batch.advantages)[b, n]
-            counted = np.asarray(batch.loss_mask)[b, n] if advantages.ndim else np.array(True)
             found.append(
                 {
                     "kind": "rollout",
@@ -101,11 +117,14 @@ def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts
                     "completion": text,
                     "reward": _rounded(scored.batch.rewards[b, n]),
                     "rewards": {name: _rounded(values[b, n]) for name, values in scored.rewards.items()},
-                    "advantage": _rounded(_mean(advantages, counted).value()),
                     "num_tokens": int(np.asarray(scored.batch.completion_mask)[b, n].sum()),
                     "truncated": bool(scored.truncated[b, n]),
                 }
             )
+            if batch.advantages is not None:
+                advantages = np.asarray(batch.advantages)[b, n]
+                counted = np.asarray(batch.loss_mask)[b, n] if advantages.ndim else np.array(True)
+                found[-1]["advantage"] = _rounded(_mean(advantages, counted).value())
     return found
 
 

@@ -204,6 +204,34 @@ def test_truncated_completions_are_kept_masked_or_penalised():
     np.testing.assert_allclose(penalised.rewards, kept.rewards - 3 * truncated)
 
 
+@pytest.mark.parametrize("reference_of", ["run", "rollout"])
+def test_pairs_are_a_group_s_best_and_worst_and_a_tie_gives_none(reference_of):
+    def tied(text, row):
+        return np.nan if text.startswith("z") else 1.0 if row in (0, 2, 3, 6) else long_with_h(text, row)
+
+    groups = whole(make(tied, num_completions=4))
+    made = make(tied, method=dpo.Config(), num_completions=4, pairs=True, reference=reference_of)
+    found = whole(made)
+    assert np.isnan(groups.rewards).any()
+    assert found.completion_tokens.shape[:2] == (4, 2)
+    expected = {}
+    for b, rewards in enumerate(groups.rewards):
+        known = [(reward, -n) for n, reward in enumerate(rewards) if not np.isnan(reward)]
+        if known and max(known)[0] > min(known)[0]:
+            best = -max(known)[1]
+            worst = next(n for n, reward in enumerate(rewards) if reward == min(known)[0])
+            expected[groups.prompt_tokens[b].tobytes(), best, worst] = b, [best, worst]
+    counted = np.flatnonzero(found.loss_mask.any((1, 2)))
+    assert 0 < len(counted) == len(expected) < 4
+    for b, pair in expected.values():
+        (row,) = [r for r in counted if np.allclose(found.rewards[r], groups.rewards[b, pair])]
+        np.testing.assert_array_equal(found.completion_tokens[row], groups.completion_tokens[b, pair])
+        np.testing.assert_allclose(found.old_logps[row], groups.old_logps[b, pair], atol=1e-5)
+        ref_logps = groups.ref_logps if reference_of == "run" else groups.old_logps
+        np.testing.assert_allclose(found.ref_logps[row], ref_logps[b, pair], atol=1e-5)
+    assert "kl" not in made._numbers  # of the best and the worst it would be another
+
+
 def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
     made = make(num_completions=4)
     update = made.timed(lambda state, ref_params, batch: (state, {"loss": Mean.of(jnp.float32(2.0))}))
@@ -260,6 +288,7 @@ def test_completions_are_written_with_rewards_and_advantages():
     [
         ({"prompts_per_rollout": 0}, "online: prompts_per_rollout must be >= 1, got 0"),
         ({"truncated": "cut"}, "online: truncated must be one of keep, mask, penalise, got 'cut'"),
+        ({"pairs": True, "truncated": "mask"}, "pairs need .* got 3 and truncated 'mask'"),
         ({"top_p": 0.0}, r"sampling: top_p must be in \(0, 1\], got 0.0"),
         ({"stop": ("ab",)}, "rollouts: stop 'ab' must be one token of the tokenizer, got 2; choose another text"),
         ({"max_completion_tokens": 31}, r"the prompt of row 2 has 3 tokens, but the model's 32 positions .* leave 1"),
@@ -300,10 +329,12 @@ ROLLOUTS = tiny_online.EXPERIMENT.rollouts
         ({"rollouts.prompts_per_rollout": 5}, "prompts_per_rollout 5 is not divisible by batch_size 2"),
         ({"rollouts.num_completions": 1}, "needs 2 or more of each, got 1"),
         ({"reference": "stored"}, "reference 'stored' is for data that is there before the run; use 'adapter'"),
+        ({"rollouts.pairs": True}, "pjpo.methods.grpo makes advantages of rewards; set rollouts.pairs to False"),
+        ({"reference": "none", "rollouts.reference": "rollout"}, "rollouts.reference is 'rollout', but reference is"),
         ({"pack": True}, "pack is for data that is there before the run"),
         (
             {"loss": dpo.loss, "method": dpo.Config()},
-            "pjpo.methods.dpo makes no advantages of rewards; choose an online",
+            "pjpo.methods.dpo makes no advantages of rewards; set rollouts.pairs to True",
         ),
         ({"reference": "none", "method": grpo.RLOO}, "needs the rollout's old_logps and ref_logps"),
     ],

@@ -112,6 +112,35 @@ def openings(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Openings:
+    """Openings alone, as prompts for rollouts; the column `label` says whether the review they begin is positive."""
+
+    num_openings: int = 256  # to train on
+    num_held_out: int = 64  # to evaluate on
+    opening_tokens: int = 8
+    seed: int = 0  # which reviews
+
+    def __post_init__(self):
+        for name, least in (("num_openings", 1), ("num_held_out", 0), ("opening_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"openings: {name} must be >= {least}, got {getattr(self, name)}")
+
+    def build(self, context) -> Data:
+        """Encodes with `context.tokenizer`.
+
+        Raises:
+            ValueError: too few reviews.
+        """
+        reviews, encode = read(), context.tokenizer.encode
+        train, held_out = (
+            openings(reviews, use, number, self.opening_tokens, encode, seed=self.seed)
+            for use, number in (("train", self.num_openings), ("held_out", self.num_held_out))
+        )
+        about = f"{len(train)} openings of reviews to train on, {len(held_out)} held out"
+        return Data(train=train, held_out=held_out, counts={"openings": len(train) + len(held_out)}, about=about)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampledPairs:
     """The policy continues openings; VADER ranks the continuations of each; the best and the worst are a pair.
 
