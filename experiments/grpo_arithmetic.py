@@ -33,7 +33,7 @@ EXPERIMENT = Experiment(
         num_shots=4,
     ),
     rollouts=online.Config(
-        rewards=RIGHT, prompts_per_rollout=16, num_completions=8, max_completion_tokens=4, stop=("\n",)
+        rewards=RIGHT, prompts_per_rollout=16, num_completions=8, max_completion_tokens=4, stop=("\n",), halvings=0
     ),
     evaluation=exact_match.Config(rewards=RIGHT, max_completion_tokens=4),
     optimizer=optim.Config(learning_rate=1e-4, warmup_steps=10),

@@ -51,6 +51,7 @@ class Config:
     dynamic_sampling: bool = False  # leave out groups whose rewards are all equal, and sample new prompts instead
     max_refills: int = 2  # how often; a rollout that still lacks groups is trained on as it is
     sampling_batch_size: int | None = None  # prompts decoded together; None for all of a rollout
+    halvings: int = 2  # how often decoding may go on in half the rows, as completions end; see `pjpo.sampling`
     log_every_rollouts: int = 10  # how often completions are written to samples.jsonl
     num_logged_prompts: int = 2  # whose completions these are
 
@@ -77,6 +78,7 @@ class Config:
             top_k=self.top_k,
             top_p=self.top_p,
             stop_tokens=tuple(stop_tokens),
+            halvings=self.halvings,
         )
 
     def num_updates(self, batch_size: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pjpo import sharding
 from pjpo.models import load, lora
 from pjpo.sampling import Prompts, Sampling, choose, sequence_keys
 from pjpo.types import Batch
@@ -275,6 +276,18 @@ def test_completions_that_still_grow_move_into_half_the_rows(name, monkeypatch):
     assert {6, 12} <= set(rows)
     np.testing.assert_array_equal(shrunk.tokens, whole.tokens)
     np.testing.assert_array_equal(shrunk.mask, whole.mask)
+    np.testing.assert_allclose(shrunk.logps, whole.logps, rtol=0, atol=LOGPS_BOUND)
+
+
+def test_half_the_rows_may_be_fewer_than_devices():
+    policy = tiny.make_policy(vocab_size=40)  # which the mesh divides
+    params, prompts = tiny.make_params(policy), make_prompts(num_prompts=8)
+    settings = dataclasses.replace(SETTINGS, max_completion_tokens=12, stop_tokens=(0, 3, 5, 8, 11, 17, 22, 30))
+    whole = policy.generate(params, prompts, jax.random.key(0), settings)
+    placed = sharding.place(params, sharding.make_mesh(sharding.Config(data=2, fsdp=2, model=2)))
+    settings = dataclasses.replace(settings, halvings=3)  # 24 rows to 3
+    shrunk = policy.generate(placed, prompts, jax.random.key(0), settings)
+    np.testing.assert_array_equal(shrunk.tokens, whole.tokens)
     np.testing.assert_allclose(shrunk.logps, whole.logps, rtol=0, atol=LOGPS_BOUND)
 
 
