@@ -21,7 +21,7 @@ from pjpo.rewards.protocol import Rewards
 from pjpo.sampling import Prompts, sequence_keys
 from pjpo.step import State
 from pjpo.types import Batch
-from tests import tiny_online
+from tests import test_distributed, tiny_online
 from tests.models import tiny_llama
 from tests.test_experiment import Program
 from tests.test_rollouts import POLICY, params
@@ -422,3 +422,18 @@ def test_ctrl_c_ends_the_rollout_first(tmp_path, model, cache, alone):
     assert step % 4 == 0
     program.finish("--resume", program.folder)
     same(program, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_score_and_write_as_one(tmp_path, model, alone):
+    class Hosts(test_distributed.Hosts):
+        module = "tests.tiny_online"
+
+    two = Hosts(tmp_path, model)
+    two.begin_run(2, "--loop.num-steps=8")
+    rows = [json.loads(line) for line in (two.folder / "samples.jsonl").read_text().splitlines()]
+    expected = [row for row in map(json.loads, alone.samples.splitlines()) if row["step"] <= 1]
+    assert [row["completion"] for row in rows] == [row["completion"] for row in expected]
+    (first, *_), (expected, *_) = two.lines, alone.lines
+    names = {"loss", "reward", "reward_std", "grad_norm", "completions/mean_length", "rewards/early_letters/mean"}
+    assert {name: first[name] for name in names} == pytest.approx({name: expected[name] for name in names}, abs=1e-4)
