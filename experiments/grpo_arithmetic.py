@@ -5,7 +5,8 @@
 SmolLM2-135M-Instruct completes lines such as "7 - 4 =" behind four solved ones; reasoning-gym's scorer says of each of
 8 samples whether it is right, and GRPO trains adapters on the difference within each group (Shao et al. 2024). On 64
 held-out problems, along training: greedy accuracy, and the share that samples solve.
-Expect, within 45 minutes on two CPU cores: accuracy from about 0.45 clearly up.
+Expect, within 45 minutes on two CPU cores: accuracy from about 0.45 clearly up. On one core a rollout and its two
+updates take 17 seconds: 3.5 of sampling, 6 of log-probs under policy and reference, 7.5 of updates (2026-11-23).
 """
 
 from experiments.registry import Experiment, Model, launch
