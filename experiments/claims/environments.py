@@ -190,7 +190,7 @@ def descend(objective: Callable, start: Array, num_steps: int, rate: float) -> A
     def update(carry, _):
         params, state = carry
         updates, state = optimizer.update(jax.grad(objective)(params), state)
-        params = optax.apply_updates(params, updates)
+        params = jax.tree.map(jnp.add, params, updates)
         return (params, state), params
 
     return jax.lax.scan(update, (start, optimizer.init(start)), length=num_steps)[1]
@@ -283,7 +283,7 @@ def learn(
             params, state = carry
             slope = jax.grad(lambda p: step.apply(loss, config, batch, outputs(p), ref_logps)[0].value())(params)
             updates, state = optimizer.update(slope, state)
-            return (optax.apply_updates(params, updates), state), None
+            return (jax.tree.map(jnp.add, params, updates), state), None
 
         (params, state), _ = jax.lax.scan(update, (params, state), length=settings.num_epochs)
         return (params, state), expectations(environment, params["policy"])
