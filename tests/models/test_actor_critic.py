@@ -9,7 +9,7 @@ import pytest
 from experiments import registry
 from pjpo import experiment, optim, runs, sharding, step
 from pjpo.experiment import Model
-from pjpo.methods import dpo, ppo
+from pjpo.methods import dpo, ppo, rto
 from pjpo.models import lora
 from pjpo.models.actor_critic import ActorCritic
 from pjpo.models.policy import joined
@@ -110,6 +110,22 @@ def test_ppo_with_a_critic_runs_and_goes_on(model, tmp_path):
     experiment.run("tiny", changed(model), root=tmp_path, resume=folder, say=said.append)
     assert "going on from step 4 of 4" in said
     assert metrics["time/generate"][1][0] > 0
+
+
+def test_rto_reads_the_dpo_policy(model, tmp_path):
+    """One that is the start itself, whose rewards of tokens are 0, and another one."""
+    other = tmp_path / "other"
+    other.mkdir()
+    tiny_llama.write_folder(other, tiny_llama.CONFIG | {"num_hidden_layers": 2})
+    rewards = {}
+    for name, dpo_model in (("start", None), ("other", Model(source=str(other)))):
+        value = changed(model, loss=rto.loss, method=rto.Config(), dpo_model=dpo_model)
+        metrics = runs.read(experiment.run(name, value, root=tmp_path, say=lambda _: None)).metrics
+        rewards[name] = metrics["loss/value_avg"][1][0]
+    assert np.isfinite(list(rewards.values())).all()
+    assert rewards["start"] != rewards["other"]
+    with pytest.raises(ValueError, match=r"dpo_model is given, but .*ppo does not read it"):
+        experiment.run("tiny", changed(model, dpo_model=Model(source=str(other))), root=tmp_path)
 
 
 def test_a_critic_that_reads_otherwise_is_refused(model, tmp_path):
