@@ -5,8 +5,9 @@
 SmolLM2-135M-Instruct completes lines such as "7 - 4 =" behind four solved ones; reasoning-gym's scorer says of each of
 8 samples whether it is right, and GRPO trains adapters on the difference within each group (Shao et al. 2024). On 64
 held-out problems, along training: greedy accuracy, and the share that samples solve.
-Expect, within 45 minutes on two CPU cores: accuracy from about 0.45 clearly up. On one core a rollout and its two
-updates take 17 seconds: 3.5 of sampling, 6 of log-probs under policy and reference, 7.5 of updates (2026-11-23).
+Expect, in about half an hour on a CPU core: greedy accuracy from 0.45 to 0.85 or more. Reached on 2026-11-23 (JAX
+0.10.2, seed 0), at steps 0, 40, 80 and 120: 0.453, 0.844, 0.891 and 0.875 (standard errors 0.06 to 0.04); by samples,
+0.39 to 0.87. By then most groups are all right, and teach nothing more.
 """
 
 from experiments.registry import Experiment, Model, launch
@@ -38,7 +39,7 @@ EXPERIMENT = Experiment(
     ),
     evaluation=exact_match.Config(rewards=RIGHT, max_completion_tokens=4),
     optimizer=optim.Config(learning_rate=1e-4, warmup_steps=10),
-    loop=train.Loop(num_steps=240, log_every_steps=2, evaluate_every_steps=40, checkpoint_every_steps=40),
+    loop=train.Loop(num_steps=120, log_every_steps=2, evaluate_every_steps=40, checkpoint_every_steps=40),
     batch_size=8,
     reference="adapter",
     keep_best_by=("eval/accuracy", "max"),
