@@ -312,7 +312,8 @@ class Rollouts:
         if self.config.pairs:
             scored = scored.take(~scored.equal).best_and_worst()
         batch, dpo_logps = self._with_logps(self._cut(scored.batch), state)
-        differences = np.abs(batch.old_logps - scored.batch.old_logps[:, :, : batch.old_logps.shape[2]])
+        logps, sampled = np.asarray(batch.old_logps), np.asarray(scored.batch.old_logps)
+        differences = np.abs(logps - sampled[:, :, : logps.shape[2]])
         whole = self._with_advantages(batch, scored.truncated, dpo_logps)
         clock("time/score")
         self._numbers = numbers(Scored.join(everything), batch, differences) | clock.means
@@ -335,7 +336,9 @@ class Rollouts:
         asked = _of_these(self.method, offered)
         whole = jax.device_get(self._advantages(_filled(batch, num_rows), **asked))
         if hasattr(self.method, "adapted") and batch.ref_logps is not None and len(truncated):
-            kl = np.where(batch.loss_mask, batch.old_logps - batch.ref_logps, 0).sum(-1)  # of each completion
+            kl = np.where(batch.loss_mask, np.asarray(batch.old_logps) - batch.ref_logps, 0).sum(
+                -1
+            )  # of each completion
             self._beta = float(self.method.adapted(self._beta, float(kl.mean()), kl.size))
         return whole
 

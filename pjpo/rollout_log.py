@@ -37,8 +37,8 @@ class Scored:
     def take(self, chosen: np.ndarray) -> Scored:
         """The groups where `chosen` [B] is true."""
         rows = np.flatnonzero(chosen)
-        arrays = jax.tree.map(lambda x: x[rows], (self.batch, self.truncated, self.rewards))
-        return Scored([self.examples[row] for row in rows], *arrays, self.failures)
+        batch, truncated, rewards = jax.tree.map(lambda x: x[rows], (self.batch, self.truncated, self.rewards))
+        return Scored([self.examples[row] for row in rows], batch, truncated, rewards, self.failures)
 
     def best_and_worst(self) -> Scored:
         """Of each group its first best and its first worst completion, in the places of CHOSEN and REJECTED."""
@@ -60,7 +60,8 @@ class Scored:
         arrays = [(part.batch, part.truncated, part.rewards) for part in parts]
         chain = itertools.chain.from_iterable
         examples, failures = (list(chain(getattr(p, name) for p in parts)) for name in ("examples", "failures"))
-        return cls(examples, *jax.tree.map(lambda *x: np.concatenate(x), *arrays), failures)
+        batch, truncated, rewards = jax.tree.map(lambda *x: np.concatenate(x), *arrays)
+        return cls(examples, batch, truncated, rewards, failures)
 
 
 def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, Mean]:
@@ -95,9 +96,10 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     found["sampling/sampling_logp_difference/max"] = _mean([differences.max(initial=0)])
     if mask.shape[1] < lengths.shape[1]:  # a choice by reward is no sample of the policy
         return found
-    found["entropy"] = _mean(-batch.old_logps, mask)  # of samples at temperature 1, an estimate without bias
+    logps = np.asarray(batch.old_logps)
+    found["entropy"] = _mean(-logps, mask)  # of samples at temperature 1, an estimate without bias
     if batch.ref_logps is not None:
-        found["kl"] = _mean(batch.old_logps - batch.ref_logps, mask)  # the same of the KL, nats per token
+        found["kl"] = _mean(logps - batch.ref_logps, mask)  # the same of the KL, nats per token
     return found
 
 
@@ -115,7 +117,7 @@ def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts
                     "id": example.id,
                     "prompt": tokenizer.decode(example.prompt),
                     "completion": text,
-                    "reward": _rounded(scored.batch.rewards[b, n]),
+                    "reward": _rounded(np.asarray(scored.batch.rewards)[b, n]),
                     "rewards": {name: _rounded(values[b, n]) for name, values in scored.rewards.items()},
                     "num_tokens": int(np.asarray(scored.batch.completion_mask)[b, n].sum()),
                     "truncated": bool(scored.truncated[b, n]),
