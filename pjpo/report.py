@@ -30,7 +30,7 @@ PANELS = (  # title, what the vertical axis shows, metrics (the last part of the
     ("Log-probabilities", "nats per completion", ("logps/chosen", "logps/rejected")),
     ("Completions", "tokens", tuple(f"completions/{what}_length" for what in ("mean", "min", "max"))),
     ("Ratios clipped", "share of tokens", ("clip_ratio/*_mean",)),
-    ("Log-probs of trainer less sampler", "nats per token", ("sampling/sampling_logp_difference/*",)),
+    ("Trainer less sampler", "log-probs, nats per token", ("sampling/sampling_logp_difference/*",)),
     ("Where the time goes", "seconds", ("time/*",)),
     ("Gradient norm", "before clipping", ("grad_norm",)),
     ("Learning rate", "", ("learning_rate",)),
@@ -220,12 +220,13 @@ def _grid(run: runs.Run, panels: Sequence[tuple[str, str, Sequence[str]]], num_c
             axes.remove()
         for axes, (title, unit, names) in zip(grid, panels, strict=False):
             for name, fallback in zip(names, SERIES * len(names), strict=False):
-                label = name.split("/")[-1]
+                label = name.split("/")[-1].removesuffix("_tokens_per_second")
                 _curve(axes, run, name, COLORS.get(label, fallback) if len(names) > 1 else SERIES[0], label)
             axes.set(title=title, ylabel=unit, xlabel="step")
             if len(names) > 1:
                 axes.set_ylim(top=axes.get_ylim()[1] + 0.15 * np.ptp(axes.get_ylim()))  # room for the legend
-                axes.legend(loc="upper left", ncols=len(names), handlelength=1.2, columnspacing=1.2, borderaxespad=0)
+                style = {"ncols": len(names), "handlelength": 1.2, "columnspacing": 1.2, "borderaxespad": 0}
+                axes.legend(loc="upper left", **style).set_in_layout(False)  # or a long one widens its column
     return figure
 
 

@@ -51,3 +51,32 @@ def make_run(root, experiment="dpo_sentiment", num_steps=200, beta=0.1):
     folder.summary({"finished": True})
     folder.close()
     return folder.path
+
+
+def make_rollouts(root, num_steps=20):
+    """The same of a run of GRPO."""
+    folder = runs.create(root, "grpo_arithmetic", {"method": {"beta": 0.01}, "num_steps": num_steps})
+    rng = np.random.default_rng(0)
+    for step in range(1, num_steps + 1):
+        share = step / num_steps
+        lengths = {f"completions/{what}_length": length for what, length in (("mean", 3), ("min", 2), ("max", 4))}
+        rewards = {"reward": 0.4 + 0.5 * share, "reward_std": 0.5 - 0.4 * share, "frac_reward_zero_std": share}
+        gaps = {f"sampling/sampling_logp_difference/{what}": rng.uniform(0, 1e-6) for what in ("mean", "max")}
+        times = {f"time/{what}": rng.uniform(1, 2) for what in ("generate", "reward", "score", "update")}
+        folder.log(step, {"loss": rng.normal(), **lengths, **rewards, **gaps, **times})
+        if step % 5 == 0:
+            folder.log(step, {"eval/accuracy": 0.4 + 0.5 * share, "eval/accuracy_stderr": 0.05})
+    for step, right in ((1, 2), (num_steps, 4)):
+        for number in range(4):
+            row = {
+                "kind": "rollout",
+                "rollout": step,
+                "prompt": "1 + 2 =",
+                "completion": " 3" if number < right else " 4",
+            }
+            advantage = 0.0 if right == 4 else 0.87 if number < right else -0.87
+            scored = {"reward": float(number < right), "advantage": advantage, "truncated": number == 3}
+            folder.sample(step, [row | scored])
+    folder.summary({"finished": True})
+    folder.close()
+    return folder.path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fabricated import make_run
+from tests.fabricated import make_rollouts, make_run
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
 nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks'")
@@ -36,6 +36,20 @@ def test_dpo_sentiment_draws_the_run(tmp_path, monkeypatch):
     assert "wonder" in outputs["tokens"][-1]["data"]["text/html"]
     assert "reward_vader" in outputs["numbers"][0]["text"]
     assert "wonderful (20)" in outputs["samples"][0]["text"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_of_rollouts_is_drawn(tmp_path, monkeypatch):
+    notebook = execute("05_rl_run.ipynb", monkeypatch, make_rollouts(tmp_path))
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for cell in ("curves", "evaluation", "rto"):
+        pictures = [output.data["image/png"] for output in outputs[cell] if "image/png" in output.get("data", {})]
+        assert len(base64.b64decode(pictures[0])) > 5000
+    assert "largest gap: 9." in outputs["sampler"][0]["text"]
+    assert "advantage +0.87  ' 3'" in outputs["groups"][0]["text"]
+    sums = outputs["rto"][0]["text"].splitlines()
+    assert sums[0].split(": ")[1] == sums[1].split(": ")[1]  # of rto and ddpo
+    assert sums[2].endswith("[1. 1. 1. 1.]")  # rs adds nothing
 
 
 @pytest.mark.filterwarnings("default")
