@@ -47,3 +47,11 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A folder with a Llama of one layer, for programs that are started as a user starts them."""
+    from tests.models import tiny_llama  # here, after what is set above
+
+    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})

@@ -13,7 +13,6 @@ import pytest
 
 from pjpo import distributed, runs
 from tests.experiments.test_smoke import write_pairs
-from tests.models import tiny_llama
 from tests.test_experiment import Program
 from tests.test_step import METRICS_BOUND, PARAMS_BOUND
 
@@ -66,11 +65,6 @@ class Hosts(Program):
 
     def begin_run(self, count, *arguments, **settings):
         return self.run(count, "--model.source", self.model, *arguments, **settings)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from pjpo.evals.result import Result
 from pjpo.methods import kto
 from tests import tiny_run
 from tests.experiments.test_registry import EXPERIMENTS, STUDIES
-from tests.models import tiny_llama
 from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -101,11 +100,6 @@ class Program:
         assert found.step == step
         raw = {n: jax.random.key_data(leaf) if "key" in str(leaf.dtype) else leaf for n, leaf in found.state.items()}
         return {name: np.asarray(leaf).tobytes() for name, leaf in raw.items()}, found.extra
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from pjpo.sampling import Prompts, sequence_keys
 from pjpo.step import State
 from pjpo.types import Batch
 from tests import test_distributed, tiny_online
-from tests.models import tiny_llama
 from tests.test_experiment import Program
 from tests.test_rollouts import POLICY, params
 
@@ -364,11 +363,6 @@ class Online(Program):
 
 
 LAST = tiny_online.EXPERIMENT.loop.num_steps
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"), tiny_llama.CONFIG | {"num_hidden_layers": 1})
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_a_run_remembers_the_folder_and_makes_nothing(tmp_path, said, monkeypatc
     assert not first.asked
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../first", "/tmp/first", "first/"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../first", "/first", "first/"])
 def test_a_first_run_lies_among_the_runs(name):
     with pytest.raises(ValueError, match=f"scratch: name must be a folder's name alone, got {name!r}"):
         scratch.Trained(source="", name=name, by=dpo_scratch.SFT)
