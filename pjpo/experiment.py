@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import itertools
 import shlex
 from collections.abc import Callable, Mapping
@@ -21,8 +20,8 @@ from pjpo import (
     online,
     optim,
     packing,
-    reference,
     report,
+    run_models,
     runs,
     sharding,
     step,
@@ -56,6 +55,11 @@ class Model:
     attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU
     lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
     scalar_head: bool = False  # for reward models and critics; starts at zero
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As `pjpo.models.load` takes them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Model)}
 
     def made(self, root: Path, say: Callable[[str], None]) -> Model:
         """The model as something that can be loaded; one that has to be made first, below `root`, overrides this."""
@@ -192,22 +196,9 @@ def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     if experiment.rollouts:
         online.check(experiment)
-    reads_values = "values" in getattr(experiment.method, "outputs", ())
-    if experiment.critic and not reads_values:
-        raise ValueError(f"critic is given, but {type(experiment.method).__module__} reads no values; set it to None")
-    if reads_values and not (experiment.critic or experiment.model.scalar_head):
-        raise ValueError(
-            f"{type(experiment.method).__module__} reads values; give a critic, or set model.scalar_head for one that "
-            "shares the policy's weights"
-        )
-    if experiment.reference == "adapter" and not experiment.model.lora.rank:
-        raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
+    run_models.check(experiment)
     if experiment.keep_best_by and not experiment.evaluation:
         raise ValueError(f"keep_best_by {experiment.keep_best_by[0]!r} needs an evaluation, but evaluation is None")
-    takes = inspect.signature(experiment.loss).parameters["ref_logps"].annotation  # None of a loss without a reference
-    if experiment.reference == "none" and "None" not in str(takes):
-        name = experiment.loss.__module__.rpartition(".")[2]
-        raise ValueError(f"{name} compares with a reference, but reference is 'none'; use online, stored or adapter")
     if not 0 <= experiment.seed < 2**32:
         raise ValueError(f"seed must be >= 0 and below 2**32, got {experiment.seed}")
     if experiment.wandb_project:
@@ -245,7 +236,7 @@ class _Parts:
 
     context: Context
     data: Data
-    reference_model: _ReferenceModel
+    reference_model: run_models.Reference
     evaluate: Callable | None
     batches: train.Offline | online.Rollouts
     first: tuple[Batch, Batch] | None  # a batch on the host, and prepared: policy and reference agree on it
@@ -255,13 +246,10 @@ class _Parts:
 
 def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) -> _Parts:
     data_key, adapter_key, state_key = jax.random.split(jax.random.key(experiment.seed), 3)
-    policy, params, tokenizer = models.load(**_settings(experiment.model), mesh=mesh, key=adapter_key)
-    if experiment.critic:
-        key, settings = jax.random.fold_in(adapter_key, 1), _settings(experiment.critic)
-        policy, params = actor_critic.beside(policy, params, tokenizer, mesh=mesh, key=key, **settings)
+    policy, params, tokenizer = run_models.load(experiment, mesh, adapter_key)
     stored = (resumed.parent.parent if resumed else root) / "reference_logps"  # for all runs: content is its address
-    reference_model = _ReferenceModel(experiment.reference, policy, params, stored)
-    dpo_logps = _dpo_logps(experiment, policy, params, tokenizer, mesh)
+    reference_model = run_models.Reference(experiment.reference, policy, params, stored)
+    dpo_logps = run_models.dpo_logps(experiment, policy, params, tokenizer, mesh)
     context = Context(
         policy=policy,
         params=params,
@@ -300,32 +288,6 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     )
 
 
-def _dpo_logps(
-    experiment: Experiment, policy: Any, params: dict, tokenizer: Any, mesh
-) -> Callable[[Batch], Any] | None:
-    """Log-probs under the policy that DPO trained, for a method that asks for it.
-
-    Raises:
-        ValueError: one with another tokenizer, or one that nothing reads.
-    """
-    if not getattr(experiment.method, "needs_dpo", False):
-        if experiment.dpo_model:
-            raise ValueError(f"dpo_model is given, but {type(experiment.method).__module__} does not read it; set None")
-        return None
-    if experiment.dpo_model:
-        policy, params, other = models.load(**_settings(experiment.dpo_model), mesh=mesh)
-        if other.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"dpo_model: the tokenizer of {experiment.dpo_model.source} differs from the policy's; take one that "
-                "was trained from the same model"
-            )
-    return lambda batch: policy.logps(params, batch)
-
-
-def _settings(model: Model) -> dict[str, Any]:
-    return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-
-
 def _rollouts(experiment: Experiment, config: online.Config, context: Context, data: Data) -> online.Rollouts:
     found = online.Rollouts(
         config,
@@ -342,7 +304,9 @@ def _rollouts(experiment: Experiment, config: online.Config, context: Context, d
     return found
 
 
-def _batches(experiment: Experiment, context: Context, data: Data, reference_model: _ReferenceModel) -> train.Offline:
+def _batches(
+    experiment: Experiment, context: Context, data: Data, reference_model: run_models.Reference
+) -> train.Offline:
     """This host's shares of the training batches, and a function that completes one and places it on the mesh."""
     mesh = context.mesh
     index, count = sharding.share(mesh)
@@ -441,36 +405,6 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
         rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, context.tokenizer, labels)
         folder.sample(experiment.loop.num_steps, rows)
     folder.summary({"finished": True})
-
-
-class _ReferenceModel:
-    """The start of the run as the reference, in whichever of its forms."""
-
-    def __init__(self, kind: step.Reference, policy: Any, params: dict, stored: Path):
-        self.kind, self.policy, self.params = kind, policy, params
-        self.store = reference.Store(stored, policy, policy.without_adapters(params)) if kind == "stored" else None
-
-    def of(self, state: step.State) -> dict | None:
-        """Its parameters beside a state: with adapters the state's own arrays, which every update donates."""
-        if self.kind == "adapter":
-            return self.policy.without_adapters(state.params)
-        return None if self.kind == "none" else self.params
-
-    def attach(self, batch: Batch, share_on: jax.sharding.Mesh | None = None) -> Batch:
-        return self.store.attach(batch, share_on) if self.store else batch
-
-    def check_start(self, experiment: Experiment, batch: Batch) -> None:
-        """The step-0 gate, on a prepared batch; see `pjpo.reference.check_start`."""
-        if self.kind == "none":
-            return
-        ref_params = self.policy.without_adapters(self.params) if self.kind == "adapter" else self.params
-        ref_logps = batch.ref_logps if self.store else self.policy.logps(ref_params, batch)
-        # Stored bfloat16 numbers may come from a batch of another shape, which a GPU rounds otherwise.
-        coarse = self.store is not None and self.policy.config.dtype == "bfloat16"
-        allowed = {"tolerance": 1e-2, "token_tolerance": 0.25} if coarse else {}
-        logps = self.policy.logps(self.params, batch)
-        batch, logps, ref_logps = distributed.fetch((batch, logps, ref_logps))
-        reference.check_start(experiment.loss, experiment.method, batch, logps, ref_logps, **allowed)
 
 
 class _Evaluation:

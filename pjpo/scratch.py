@@ -113,5 +113,4 @@ def _check_processes() -> None:
 
 
 def _plain(model: experiment.Model, source: str) -> experiment.Model:
-    settings = {field.name: getattr(model, field.name) for field in dataclasses.fields(experiment.Model)}
-    return experiment.Model(**settings | {"source": source})
+    return experiment.Model(**model.settings | {"source": source})

@@ -53,8 +53,7 @@ class Config:
         checks.at_least(self, 1, "num_held_out", "opening_tokens", "max_completion_tokens", "num_completions")
 
     def load(self) -> Bench:
-        settings = {field.name: getattr(self.model, field.name) for field in dataclasses.fields(self.model)}
-        return Bench(self, *models.load(**settings))
+        return Bench(self, *models.load(**self.model.settings))
 
 
 @dataclasses.dataclass(frozen=True)

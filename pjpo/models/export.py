@@ -33,8 +33,8 @@ def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: 
     found = runs.read(run)
     if "model" not in found.config:
         raise ValueError(f"{run} is of {found.experiment!r}, which keeps no weights; export the run of an experiment")
-    settings = experiment.recall(experiment.Model(source=""), found.config["model"])
-    if adapter and not settings.lora.rank:
+    model = experiment.recall(experiment.Model(source=""), found.config["model"])
+    if adapter and not model.lora.rank:
         raise ValueError(f"{run} trained all weights (model.lora.rank is 0), so it has no adapters; export without it")
     saved = checkpoints.Checkpoints(found.path / "checkpoints", _keep_best_by(found), say=say)
     known = saved.steps()
@@ -44,14 +44,13 @@ def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: 
         step = saved.best() if found.config.get("keep_best_by") else None
     elif step not in known:
         raise ValueError(f"{saved.folder} has no checkpoint of step {step}, only of {', '.join(map(str, known))}")
-    loaded = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    policy, params, tokenizer = models.load(**loaded)
+    policy, params, tokenizer = models.load(**model.settings)
     trained, _ = policy.trainable(params)
     restored = saved.restore(trained, step, inside="params")
     assert restored is not None, "there is a checkpoint"
     say(f"step {restored.step} of {found.path}")
     how = "alone" if adapter else "merged"
-    return models.save(folder, policy, params | restored.state, tokenizer, adapters=how, base=settings.source)
+    return models.save(folder, policy, params | restored.state, tokenizer, adapters=how, base=model.source)
 
 
 def _keep_best_by(found: runs.Run) -> tuple[str, str] | None:

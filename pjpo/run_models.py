@@ -1,0 +1,100 @@
+"""The models of a run: the policy and its critic, the reference in its forms, and for RTO the policy of DPO."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pjpo import distributed, models, reference, step
+from pjpo.models import actor_critic
+from pjpo.types import Batch
+
+
+def check(experiment: Any) -> None:
+    """Models of an experiment that do not fit its method, or each other.
+
+    Raises:
+        ValueError: naming them.
+    """
+    method = experiment.method
+    about = type(method).__module__
+    reads_values = "values" in getattr(method, "outputs", ())
+    if experiment.critic and not reads_values:
+        raise ValueError(f"critic is given, but {about} reads no values; set it to None")
+    if reads_values and not (experiment.critic or experiment.model.scalar_head):
+        raise ValueError(
+            f"{about} reads values; give a critic, or set model.scalar_head for one that shares the policy's weights"
+        )
+    if experiment.dpo_model and not getattr(method, "needs_dpo", False):
+        raise ValueError(f"dpo_model is given, but {about} does not read it; set None")
+    if experiment.reference == "adapter" and not experiment.model.lora.rank:
+        raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
+    takes = inspect.signature(experiment.loss).parameters["ref_logps"].annotation  # None of a loss without a reference
+    if experiment.reference == "none" and "None" not in str(takes):
+        name = experiment.loss.__module__.rpartition(".")[2]
+        raise ValueError(f"{name} compares with a reference, but reference is 'none'; use online, stored or adapter")
+
+
+def load(experiment: Any, mesh: jax.sharding.Mesh, key: jax.Array) -> tuple[Any, dict, Any]:
+    """(policy, params, tokenizer), with the critic that the experiment gives it; `key` draws what is new."""
+    policy, params, tokenizer = models.load(**experiment.model.settings, mesh=mesh, key=key)
+    if experiment.critic:
+        key = jax.random.fold_in(key, 1)
+        policy, params = actor_critic.beside(
+            policy, params, tokenizer, mesh=mesh, key=key, **experiment.critic.settings
+        )
+    return policy, params, tokenizer
+
+
+def dpo_logps(
+    experiment: Any, policy: Any, params: dict, tokenizer: Any, mesh: jax.sharding.Mesh
+) -> Callable[[Batch], Any] | None:
+    """Log-probs under the policy that DPO trained, for a method that asks for it; by default the run's start.
+
+    Raises:
+        ValueError: one with another tokenizer.
+    """
+    if not getattr(experiment.method, "needs_dpo", False):
+        return None
+    if experiment.dpo_model:
+        policy, params, other = models.load(**experiment.dpo_model.settings, mesh=mesh)
+        if other.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"dpo_model: the tokenizer of {experiment.dpo_model.source} differs from the policy's; take one that "
+                "was trained from the same model"
+            )
+    return lambda batch: policy.logps(params, batch)
+
+
+class Reference:
+    """The start of the run as the reference, in whichever of its forms."""
+
+    def __init__(self, kind: step.Reference, policy: Any, params: dict, stored: Path):
+        self.kind, self.policy, self.params = kind, policy, params
+        self.store = reference.Store(stored, policy, policy.without_adapters(params)) if kind == "stored" else None
+
+    def of(self, state: step.State) -> dict | None:
+        """Its parameters beside a state: with adapters the state's own arrays, which every update donates."""
+        if self.kind == "adapter":
+            return self.policy.without_adapters(state.params)
+        return None if self.kind == "none" else self.params
+
+    def attach(self, batch: Batch, share_on: jax.sharding.Mesh | None = None) -> Batch:
+        return self.store.attach(batch, share_on) if self.store else batch
+
+    def check_start(self, experiment: Any, batch: Batch) -> None:
+        """The step-0 gate, on a prepared batch; see `pjpo.reference.check_start`."""
+        if self.kind == "none":
+            return
+        ref_params = self.policy.without_adapters(self.params) if self.kind == "adapter" else self.params
+        ref_logps = batch.ref_logps if self.store else self.policy.logps(ref_params, batch)
+        # Stored bfloat16 numbers may come from a batch of another shape, which a GPU rounds otherwise.
+        coarse = self.store is not None and self.policy.config.dtype == "bfloat16"
+        allowed = {"tolerance": 1e-2, "token_tolerance": 0.25} if coarse else {}
+        logps = self.policy.logps(self.params, batch)
+        batch, logps, ref_logps = distributed.fetch((batch, logps, ref_logps))
+        reference.check_start(experiment.loss, experiment.method, batch, logps, ref_logps, **allowed)
