@@ -343,7 +343,8 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
     batches, kind = parts.batches, experiment.reference
     if isinstance(batches, online.Rollouts) and kind != "none":
-        kind = "stored"  # with the rollout, of which every epoch reads them
+        # With the rollout, of which every epoch reads them.
+        kind = "stored" if batches.config.reads_reference(experiment.method) else "none"
     update = step.make_update(
         context.loss,
         experiment.method,

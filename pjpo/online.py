@@ -52,6 +52,7 @@ class Config:
     max_refills: int = 2  # how often; a rollout that still lacks groups is trained on as it is
     sampling_batch_size: int | None = None  # prompts decoded together; None for all of a rollout
     halvings: int = 2  # how often decoding may go on in half the rows, as completions end; see `pjpo.sampling`
+    log_kl: bool = False  # score completions under the reference for the metric alone, where the method has no pull
     log_every_rollouts: int = 10  # how often completions are written to samples.jsonl
     num_logged_prompts: int = 2  # whose completions these are
 
@@ -80,6 +81,10 @@ class Config:
             stop_tokens=tuple(stop_tokens),
             halvings=self.halvings,
         )
+
+    def reads_reference(self, method: Any) -> bool:
+        """Whether completions are scored under the reference at all."""
+        return self.log_kl or getattr(method, "needs_reference", True)
 
     def num_updates(self, batch_size: int) -> int:
         """Updates of a rollout.
@@ -117,6 +122,8 @@ def check(experiment: Any) -> None:
         raise ValueError("pack is for data that is there before the run; rollouts take False")
     if config.reference == "rollout" and experiment.reference == "none":
         raise ValueError("rollouts.reference is 'rollout', but reference is 'none'; use 'adapter' or 'online'")
+    if config.log_kl and experiment.reference == "none":
+        raise ValueError("rollouts.log_kl measures the KL to a reference, but reference is 'none'; use 'adapter'")
     if hasattr(method, "advantages") == config.pairs:
         does, way_out = ("makes", "False") if config.pairs else ("makes no", "True for a method on pairs, such as dpo,")
         raise ValueError(
@@ -316,7 +323,10 @@ class Rollouts:
         differences = np.abs(logps - sampled[:, :, : logps.shape[2]])
         whole = self._with_advantages(batch, scored.truncated, dpo_logps)
         clock("time/score")
-        self._numbers = numbers(Scored.join(everything), batch, differences) | clock.means
+        of_method = {}
+        if hasattr(self.method, "rollout_metrics"):
+            of_method = jax.device_get(self.method.rollout_metrics(batch, dpo_logps))
+        self._numbers = numbers(Scored.join(everything), batch, differences) | of_method | clock.means
         generated = sum(int(part.batch.completion_mask.sum()) for part in everything)
         self._numbers["speed/generate_tokens_per_second"] = _mean(generated, clock.seconds["time/generate"])
         if self._num_rollouts % self.config.log_every_rollouts == 0:
@@ -385,7 +395,8 @@ class Rollouts:
         """
         ref_params = self._reference(state)
         asked = {"old_logps": functools.partial(self.policy.logps, state.params)}
-        if ref_params is not None and self.config.reference == "run":
+        reads_reference = self.config.reads_reference(self.method)
+        if reads_reference and ref_params is not None and self.config.reference == "run":
             asked["ref_logps"] = functools.partial(self.policy.logps, ref_params)
         if "values" in getattr(self.method, "outputs", ()):
             asked["values"] = functools.partial(self.policy.values, state.params)
@@ -402,7 +413,7 @@ class Rollouts:
                 found[name].append(function(part))
         whole = {name: np.concatenate(x)[: len(batch.prompt_tokens)] for name, x in distributed.fetch(found).items()}
         dpo_logps = whole.pop("dpo_logps", None)
-        if self.config.reference == "rollout":
+        if reads_reference and self.config.reference == "rollout":
             whole["ref_logps"] = whole["old_logps"]
         return dataclasses.replace(batch, **whole), dpo_logps
 

@@ -268,6 +268,26 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
     assert tokens == parts[-1].prompt_mask.sum() + parts[-1].completion_mask.sum()  # of the batch asked for last
 
 
+def test_a_reference_that_nobody_reads_is_not_scored(monkeypatch):
+    scored, logps = [], type(POLICY).logps
+
+    def counted(self, params, batch):
+        scored.append(params is reference())
+        return logps(self, params, batch)
+
+    monkeypatch.setattr(type(POLICY), "logps", counted)
+    method, found = dataclasses.replace(METHOD, beta=0.0), {}
+    for name, made in (("unread", make(method=method)), ("logged", make(method=method, log_kl=True))):
+        found[name] = whole(made), made._numbers, sum(scored)
+        scored.clear()
+    batch, metrics, times = found["unread"]
+    assert (batch.ref_logps, "kl" in metrics, times) == (None, False, 0)
+    batch, metrics, times = found["logged"]
+    mask = batch.completion_mask
+    assert metrics["kl"].value() == pytest.approx((batch.old_logps - batch.ref_logps)[mask].mean(), abs=1e-6)
+    assert times > 0
+
+
 def test_completions_are_written_with_rewards_and_advantages():
     made = make(log_every_rollouts=2, num_logged_prompts=2)
     batches = [whole(made, state(2 * number)) for number in range(3)]
@@ -330,6 +350,7 @@ ROLLOUTS = tiny_online.EXPERIMENT.rollouts
         ({"reference": "stored"}, "reference 'stored' is for data that is there before the run; use 'adapter'"),
         ({"rollouts.pairs": True}, "pjpo.methods.grpo makes advantages of rewards; set rollouts.pairs to False"),
         ({"reference": "none", "rollouts.reference": "rollout"}, "rollouts.reference is 'rollout', but reference is"),
+        ({"reference": "none", "method": grpo.DAPO, "rollouts.log_kl": True}, "log_kl measures the KL to a reference"),
         ({"pack": True}, "pack is for data that is there before the run"),
         (
             {"loss": dpo.loss, "method": dpo.Config()},

@@ -54,6 +54,11 @@ class Config:
         elif self.aggregation == "constant":
             raise ValueError("grpo: aggregation 'constant' divides by max_completion_tokens, got None; set it")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a rollout needs `ref_logps`."""
+        return self.beta > 0
+
     def check_group(self, num_completions: int) -> None:
         """
         Raises:

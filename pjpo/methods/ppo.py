@@ -49,6 +49,11 @@ class Config:
         if self.missing_end_score is not None:
             checks.finite(self, "missing_end_score")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a rollout needs `ref_logps`."""
+        return self.beta > 0
+
     def advantages(self, batch: Batch, *, beta: ArrayLike | None = None, truncated: ArrayLike | None = None) -> Batch:
         """The rollout with whitened `advantages` and, as `labels`, returns, both [B, N, T]. Call it on all of it.
 

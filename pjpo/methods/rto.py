@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from pjpo import checks
 from pjpo.advantages import at_last
 from pjpo.methods import ppo
+from pjpo.metrics import Mean
 from pjpo.types import Batch
 
 VARIANTS = ("rto", "semi", "ddpo", "rs", "ppo")
@@ -48,6 +49,11 @@ class Config(ppo.Config):
         """Whether `advantages` needs the DPO policy's log-probs."""
         return self.variant != "ppo"
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a rollout needs `ref_logps`; the DPO policy is compared with them too."""
+        return self.needs_dpo or super().needs_reference
+
     def advantages(
         self,
         batch: Batch,
@@ -63,6 +69,17 @@ class Config(ppo.Config):
         """
         scores = ppo.scores(self, batch, truncated)
         return ppo.estimated(self, batch, token_rewards(self, batch, scores, dpo_logps, beta))
+
+    def rollout_metrics(self, batch: Batch, dpo_logps: ArrayLike | None) -> dict[str, Mean]:
+        """The DPO policy's log-ratio, nats a token, and the share of tokens where its weighted one is clipped."""
+        if not self.needs_dpo:
+            return {}
+        mask, logratios = jnp.asarray(batch.loss_mask), dpo_logratios(batch, dpo_logps)
+        limit = jnp.inf if self.dpo_clip is None else self.dpo_clip
+        return {
+            "dpo_logratios/mean": Mean.of(logratios, mask),
+            "dpo_logratios/clipped_ratio": Mean.of(jnp.abs(self.dpo_weight * logratios) > limit, mask),
+        }
 
 
 def token_rewards(
@@ -82,14 +99,23 @@ def token_rewards(
     rewards = ppo.token_rewards(config, batch, config.score_weight * scores, beta)
     if not config.needs_dpo:
         return rewards
-    if dpo_logps is None or batch.ref_logps is None:
-        raise ValueError("rto: rewards of tokens need the DPO policy's dpo_logps and its reference's ref_logps")
     mask = jnp.asarray(batch.loss_mask)
-    weighted = config.dpo_weight * (jnp.asarray(dpo_logps) - jnp.asarray(batch.ref_logps))
+    weighted = config.dpo_weight * dpo_logratios(batch, dpo_logps)
     if config.dpo_clip is not None:
         weighted = jnp.clip(weighted, -config.dpo_clip, config.dpo_clip)
     ends = jnp.isin(jnp.asarray(batch.completion_tokens), jnp.array(config.delimiters, jnp.int32))
     return rewards + dpo_rewards(jnp.where(mask, weighted, 0), mask, config.variant, ends)
+
+
+def dpo_logratios(batch: Batch, dpo_logps: ArrayLike | None) -> Float[Array, "B N T"]:
+    """By how much the DPO policy, more than its reference, likes each token.
+
+    Raises:
+        ValueError: no log-probs of the DPO policy or of the reference.
+    """
+    if dpo_logps is None or batch.ref_logps is None:
+        raise ValueError("rto: rewards of tokens need the DPO policy's dpo_logps and its reference's ref_logps")
+    return jnp.asarray(dpo_logps) - jnp.asarray(batch.ref_logps)
 
 
 def dpo_rewards(

@@ -99,6 +99,21 @@ def test_clips_scores_and_without_a_dpo_policy_it_is_ppo():
     assert rto.Config().needs_dpo
 
 
+def test_the_log_says_how_the_dpo_policy_rewards_and_how_much_is_clipped():
+    mask = [[[True, True, True, False], [True, False, False, False]]]
+    batch = Batch.of(
+        completion_tokens=np.zeros((1, 2, 4), np.int32), completion_mask=mask, ref_logps=np.zeros((1, 2, 4))
+    )
+    logratios = np.array([[[0.4, -3.0, 2.0, 9.0], [0.1, 9.0, 9.0, 9.0]]])  # weighted 0.02, -0.15, 0.1 and 0.005
+    found = rto.Config().rollout_metrics(batch, logratios)
+    assert {name: float(mean.value()) for name, mean in found.items()} == pytest.approx(
+        {"dpo_logratios/mean": -0.125, "dpo_logratios/clipped_ratio": 0.5}
+    )
+    free = rto.Config(dpo_clip=None).rollout_metrics(batch, logratios)
+    assert free["dpo_logratios/clipped_ratio"].value() == 0
+    assert rto.Config(variant="ppo").rollout_metrics(batch, None) == {}
+
+
 def test_an_optimal_dpo_policys_rewards_sum_to_the_return_less_the_prompts_value():
     # pi* = ref exp(R / beta) / Z on every one of the 4^3 sequences: sum_t beta log(pi* / ref) = R - beta log Z.
     rng, beta, shape = np.random.default_rng(0), 0.7, (4, 3)

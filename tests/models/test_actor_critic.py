@@ -122,6 +122,7 @@ def test_rto_reads_the_dpo_policy(model, tmp_path):
         value = changed(model, loss=rto.loss, method=rto.Config(), dpo_model=dpo_model)
         metrics = runs.read(experiment.run(name, value, root=tmp_path, say=lambda _: None)).metrics
         rewards[name] = metrics["loss/value_avg"][1][0]
+        assert (metrics["dpo_logratios/mean"][1][0] == 0) == (name == "start")
     assert np.isfinite(list(rewards.values())).all()
     assert rewards["start"] != rewards["other"]
     with pytest.raises(ValueError, match=r"dpo_model is given, but .*ppo does not read it"):
