@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pjpo import checks, models, optim, rollouts, sharding, step
+from pjpo import checks, models, online, optim, rollouts, sharding, step
 from pjpo.data import reviews
 from pjpo.data.batches import Batches, in_order
 from pjpo.data.buckets import Buckets, collate
@@ -83,15 +83,19 @@ class Bench:
         texts = rollouts.texts(batch, self.tokenizer)
         return vader.reward(list(itertools.chain(*texts))).reshape(len(texts), -1)
 
-    def of_samples(self, params: dict, ref_params: dict | None = None) -> dict[str, float]:
-        """`reward`, and `kl` to the reference (the start, unless given) in nats a completion, on held-out openings.
-
-        Openings and keys are the same in every call, so that a difference is the policy's.
-        """
+    def held_out(self, params: dict) -> Batch:
+        """Samples on held-out openings; these and the keys stay the same, so that a difference is the policy's."""
         openings = self.openings("held_out", self.config.num_held_out)
-        batch = self.sample(params, openings, jax.random.key(0), self.config.num_completions)
-        ref_logps = np.asarray(self.policy.logps(ref_params or self.params, batch))
-        return {"reward": float(self.rewards(batch).mean()), "kl": panel.of_samples(batch, ref_logps)["kl"]}
+        return self.sample(params, openings, jax.random.key(0), self.config.num_completions)
+
+    def kl(self, batch: Batch, ref_params: dict) -> float:
+        """From a reference, of samples, in nats a completion."""
+        return panel.of_samples(batch, np.asarray(self.policy.logps(ref_params, batch)))["kl"]
+
+    def of_samples(self, params: dict, ref_params: dict | None = None) -> dict[str, float]:
+        """`reward`, and `kl` to the reference (the start, unless given) in nats a completion, on held-out openings."""
+        batch = self.held_out(params)
+        return {"reward": float(self.rewards(batch).mean()), "kl": self.kl(batch, ref_params or self.params)}
 
     def of_pairs(self, params: dict, pairs: Sequence[Example], ref_params: dict | None = None) -> dict[str, float]:
         """The panel of diagnostics, see `pjpo.evals.panel`; implicit rewards are at beta 1."""
@@ -125,11 +129,54 @@ class Bench:
         state = step.init_state(self.policy, params, optimizer, jax.random.key(seed), mesh)
         ref_params = sharding.place(params, mesh) if reference == "online" else None
         batches = Batches(examples, batch_size=training.batch_size, seed=seed, buckets=buckets_of(examples))
-        for number in range(1, training.num_steps + 1):
-            batch = sharding.place_batch(completed(method, next(batches)), mesh)
-            state, metrics = update(state, ref_params, batch)
-            if number in (*training.looks, *at, training.num_steps):
-                yield state.params, {name: float(mean.value()) for name, mean in metrics.items()}
+
+        def updated(state: step.State):
+            return update(state, ref_params, sharding.place_batch(completed(method, next(batches)), mesh))
+
+        yield from _looks(state, updated, training, at)
+
+    def learn(
+        self,
+        loss: Callable,
+        method: Any,
+        config: online.Config,
+        openings: Sequence[Example],
+        training: Training,
+        *,
+        seed: int,
+        params: dict,
+        ref_params: dict,
+        dpo_params: dict | None = None,
+        at: Sequence[int] = (),
+    ) -> Iterator[tuple[dict, dict[str, float]]]:
+        """Trains online from `params`, on rollouts of the openings; `batch_size` of the training is of openings.
+
+        The reference stays `ref_params`, whatever the start; `dpo_params` are of the policy that RTO's rewards are by.
+
+        Yields:
+            As `fit` does; the metrics are the rollout's too.
+        """
+        mesh = sharding.make_mesh()
+        kind = "stored" if config.reads_reference(method) else "none"
+        update, optimizer = _update(loss, method, self.policy, training, kind)
+        state = step.init_state(self.policy, params, optimizer, jax.random.key(seed), mesh)
+        batches = online.Rollouts(
+            config,
+            method,
+            self.policy,
+            self.tokenizer,
+            openings,
+            batch_size=training.batch_size,
+            seed=seed,
+            scored_together=config.prompts_per_rollout,
+        ).start(
+            lambda state: ref_params,
+            lambda batch: sharding.place_batch(batch, mesh),
+            lambda number, rows: None,
+            functools.partial(self.policy.logps, dpo_params),
+        )
+        update = batches.timed(update)
+        yield from _looks(state, lambda state: update(state, None, batches.next(state)), training, at)
 
 
 def buckets_of(examples: Sequence[Example]) -> Buckets:
@@ -163,6 +210,15 @@ def unpaired(pairs: Sequence[Example]) -> list[Example]:
 def best_and_worst(openings: Sequence[Example], samples: Batch, rewards: np.ndarray) -> list[Example]:
     """A pair of each opening whose samples differ in reward."""
     return reviews.SampledPairs().rank(openings, samples, rewards)[0]
+
+
+def _looks(
+    state: step.State, updated: Callable[[step.State], tuple], training: Training, at: Sequence[int]
+) -> Iterator[tuple[dict, dict[str, float]]]:
+    for number in range(1, training.num_steps + 1):
+        state, metrics = updated(state)
+        if number in (*training.looks, *at, training.num_steps):
+            yield state.params, {name: float(mean.value()) for name, mean in metrics.items()}
 
 
 @functools.cache

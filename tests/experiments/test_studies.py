@@ -8,12 +8,13 @@ import pytest
 
 pytest.importorskip("vaderSentiment", reason="needs the extra 'rewards'")
 
-from experiments import frontier_glass, goals_glass, reward_hh
+from experiments import frontier_glass, goals_glass, reward_hh, rto_sentiment
 from experiments.study import bench
 from pjpo import relabel
 from pjpo.data import preference
 from pjpo.experiment import Model
 from pjpo.rewards import vader
+from pjpo.rewards.learned import Normalisation, RewardModel
 from pjpo.types import CHOSEN, REJECTED
 from tests.experiments.test_smoke import write_pairs
 
@@ -57,6 +58,30 @@ def test_the_words_of_a_goal_are_not_scored(start, monkeypatch):
     monkeypatch.setattr(bench.Bench, "sample", sample)
     praise = np.array(start.tokenizer.encode("great, wonderful, perfect "), np.int32)
     assert goals_glass.reward(start, start.params, praise) == pytest.approx(start.rewards(fixed).mean())
+
+
+def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
+    model = Model(source="glassllm-en", scalar_head=True)
+    begin = bench.Config(model=model, num_held_out=6, num_completions=2, max_completion_tokens=8).load()
+    drawn = np.random.default_rng(0).normal(size=begin.policy.config.model_dim).astype(np.float32)
+    params = begin.params | {"scalar_head": {"kernel": jax.numpy.asarray(drawn)}}
+    start = rto_sentiment.Stages(
+        **vars(begin),
+        sft=begin.params,
+        dpo=jax.tree.map(lambda x: 1.05 * x, begin.params),
+        reward_model=RewardModel(begin.policy, params, begin.tokenizer),
+        normalisation=Normalisation(mean=1.0, std=2.0, num_scores=9),
+    )
+    batch, openings = start.held_out(start.params), start.openings("held_out", 6)
+    asked = [dataclasses.replace(row, columns={"prompt_ids": row.prompt.tolist()}) for row in openings]
+    scores = begin.policy.scores(params, batch)
+    np.testing.assert_allclose(
+        start.learned().of_samples(batch, asked, start.tokenizer).total, (scores - 1) / 2, atol=1e-4
+    )
+    assert start.before["SFT: reward model"] == pytest.approx(np.mean(scores - 1) / 2, abs=1e-4)
+    assert start.before["SFT: VADER"] == pytest.approx(start.of_samples(start.params)["reward"])
+    assert start.before["SFT: kl"] == pytest.approx(0, abs=1e-4)
+    assert start.before["DPO: kl"] > 0.01
 
 
 def test_rewards_of_pairs_from_files(tmp_path):

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from experiments.study import bench
-from pjpo import optim
-from pjpo.methods import dpo, kto
+from pjpo import online, optim
+from pjpo.experiment import Model
+from pjpo.methods import dpo, kto, rto
+from pjpo.rewards.protocol import Rewards
 
 TRAINING = bench.Training(num_steps=6, looks=(1,), batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
 
@@ -60,6 +62,30 @@ def test_a_pair_is_two_rows_of_kto(start, pairs):
         kto.loss, kto.Config(beta=0.1), rows, bench.Training(num_steps=1, batch_size=8), seed=0, reference="online"
     )
     assert last["loss"] == pytest.approx(0.5, abs=1e-5)  # policy and reference agree
+
+
+def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
+    begin = bench.Config(model=Model(source="glassllm-en", scalar_head=True), max_completion_tokens=8).load()
+    moved = jax.tree.map(lambda x: 1.05 * x, begin.params)
+    config = online.Config(
+        rewards=Rewards(functions=(lambda completions: [float(len(text)) for text in completions],), weights=(1.0,)),
+        prompts_per_rollout=4,
+        num_completions=2,
+        max_completion_tokens=8,
+    )
+    training = bench.Training(num_steps=3, batch_size=2, optimizer=optim.Config(learning_rate=1e-3))
+    openings = begin.openings("train", 8)
+
+    def learn(**others):
+        run = begin.learn(rto.loss, rto.Config(), config, openings, training, seed=0, params=moved, at=(1, 2), **others)
+        return [metrics for _, metrics in run]
+
+    one, two, three = learn(ref_params=begin.params, dpo_params=begin.params)
+    assert one["dpo_logratios/mean"] == 0
+    assert min(one["kl"], two["kl"], three["kl"]) > 0.001
+    assert one["reward"] == two["reward"] != three["reward"]  # a rollout is two updates
+    assert learn(ref_params=begin.params, dpo_params=moved)[0]["dpo_logratios/mean"] > 0.001
+    assert learn(ref_params=moved, dpo_params=moved)[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("looks", [(6,), (0,), (3, 2), (2, 2)])
