@@ -143,6 +143,7 @@ class Study(study.Study):
             prompts_per_rollout=self.prompts_per_rollout,
             num_completions=self.num_completions,
             max_completion_tokens=start.config.max_completion_tokens,
+            halvings=0,  # few completions, most of them cut: another size would have to be compiled for little
         )
         found = dict(start.before)
         for name, method in (("PPO", dataclasses.replace(self.method, variant="ppo")), ("RTO", self.method)):
