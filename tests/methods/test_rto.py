@@ -99,15 +99,22 @@ def test_clips_scores_and_without_a_dpo_policy_it_is_ppo():
     assert rto.Config().needs_dpo
 
 
+def test_needs_the_reference_for_the_pull_or_for_the_dpo_policy():
+    assert rto.Config(beta=0.0).needs_reference
+    assert rto.Config(variant="ppo").needs_reference
+    assert not rto.Config(variant="ppo", beta=0.0).needs_reference
+    assert (ppo.Config().needs_reference, ppo.Config(beta=0.0).needs_reference) == (True, False)
+
+
 def test_the_log_says_how_the_dpo_policy_rewards_and_how_much_is_clipped():
-    mask = [[[True, True, True, False], [True, False, False, False]]]
+    mask = [[[True, True, True, False], [True, True, False, False]]]
     batch = Batch.of(
         completion_tokens=np.zeros((1, 2, 4), np.int32), completion_mask=mask, ref_logps=np.zeros((1, 2, 4))
     )
-    logratios = np.array([[[0.4, -3.0, 2.0, 9.0], [0.1, 9.0, 9.0, 9.0]]])  # weighted 0.02, -0.15, 0.1 and 0.005
+    logratios = np.array([[[0.4, -3.0, 2.0, 9.0], [0.1, 1.0, 9.0, 9.0]]])  # weighted 0.02, -0.15, 0.1; 0.005, 0.05
     found = rto.Config().rollout_metrics(batch, logratios)
     assert {name: float(mean.value()) for name, mean in found.items()} == pytest.approx(
-        {"dpo_logratios/mean": -0.125, "dpo_logratios/clipped_ratio": 0.5}
+        {"dpo_logratios/mean": 0.1, "dpo_logratios/clipped_ratio": 0.4}
     )
     free = rto.Config(dpo_clip=None).rollout_metrics(batch, logratios)
     assert free["dpo_logratios/clipped_ratio"].value() == 0
