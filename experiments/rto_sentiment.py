@@ -87,7 +87,7 @@ class Stages(bench.Bench):
 class Start(bench.Config):
     texts: reviews.Texts  # for SFT
     sft: bench.Training
-    num_pair_openings: int = 128  # whose samples VADER ranks
+    num_pair_openings: int = 160  # whose samples VADER ranks
     num_ranked: int = 4  # samples of each: best against worst
     dpo: bench.Training
     beta: float = 0.1  # of DPO
@@ -229,7 +229,7 @@ def quarter(name: str, part: int) -> str:
     return f"{name}, quarter {part}"
 
 
-SLOW = optim.Config(learning_rate=5e-4, warmup_steps=4, schedule="linear")
+STEPS = optim.Config(learning_rate=5e-4, warmup_steps=4, schedule="linear")
 EXPERIMENT = Study(
     start=Start(
         # The published weights are bfloat16, so nothing is lost by keeping them so.
@@ -238,19 +238,13 @@ EXPERIMENT = Study(
         max_completion_tokens=16,
         num_completions=2,
         texts=reviews.Texts(num_reviews=288, num_held_out=0, max_completion_tokens=16),
-        sft=bench.Training(num_steps=24, batch_size=12, optimizer=SLOW),
-        dpo=bench.Training(num_steps=28, batch_size=8, optimizer=SLOW),
-        ranking=bench.Training(
-            num_steps=28, batch_size=8, optimizer=dataclasses.replace(SLOW, critic_learning_rate=2e-3)
-        ),
+        sft=bench.Training(num_steps=24, batch_size=12, optimizer=STEPS),
+        dpo=bench.Training(num_steps=32, batch_size=8, optimizer=STEPS),
+        ranking=bench.Training(num_steps=32, batch_size=8, optimizer=STEPS),
     ),
     method=rto.Config(),
     num_seeds=3,
-    training=bench.Training(
-        num_steps=28,
-        batch_size=2,
-        optimizer=optim.Config(learning_rate=5e-4, critic_learning_rate=2e-3, warmup_steps=2),
-    ),
+    training=bench.Training(num_steps=24, batch_size=2, optimizer=optim.Config(learning_rate=5e-4, warmup_steps=2)),
     smoke={
         "start": Start(
             model=Model(source="glassllm-en", scalar_head=True),
