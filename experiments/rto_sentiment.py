@@ -40,7 +40,7 @@ class Stages(bench.Bench):
     sft: dict
     dpo: dict
     reward_model: RewardModel
-    normalisation: Normalisation  # over the pairs it learned from
+    normalisation: Normalisation  # over all samples that VADER ranked
 
     def score(self, batch: Batch) -> np.ndarray:
         """[B, N], by the reward model."""
