@@ -216,7 +216,9 @@ class Study(study.Study):
                     xlabel="policy",
                     ylabel=ylabel,
                     curves={
-                        f"then {name}": [(stage, f"{stage}: {key}") for stage in ("SFT", "DPO", name)]
+                        f"then {name}": [
+                            (x, f"{at}: {key}") for x, at in (("SFT", "SFT"), ("DPO", "DPO"), ("then", name))
+                        ]
                         for name in ("PPO", "RTO")
                     },
                 )

@@ -69,12 +69,12 @@ def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
     moved = jax.tree.map(lambda x: 1.05 * x, begin.params)
     config = online.Config(
         rewards=Rewards(functions=(lambda completions: [float(len(text)) for text in completions],), weights=(1.0,)),
-        prompts_per_rollout=4,
+        prompts_per_rollout=16,
         num_completions=2,
         max_completion_tokens=8,
     )
-    training = bench.Training(num_steps=3, batch_size=2, optimizer=optim.Config(learning_rate=1e-3))
-    openings = begin.openings("train", 8)
+    training = bench.Training(num_steps=3, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
+    openings = begin.openings("train", 16)
 
     def learn(**others):
         run = begin.learn(rto.loss, rto.Config(), config, openings, training, seed=0, params=moved, at=(1, 2), **others)
