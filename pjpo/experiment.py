@@ -348,7 +348,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     update = step.make_update(
         context.loss,
         experiment.method,
-        policy,
+        batches.policy if isinstance(batches, online.Rollouts) else policy,  # at the temperature of what it sampled
         optimizer,
         mesh,
         reference=kind,

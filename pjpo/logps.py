@@ -36,15 +36,16 @@ def soft_cap(logits: Float[Array, "*rows V"], cap: float | None) -> Float[Array,
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_logps(
     hidden: Float[Array, "G C D"],
     table: Float[Array, "V D"],
     targets: Int[Array, "G C"],
     block_numbers: int,
     softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Float[Array, "G C"]:
-    """log softmax(hidden @ table.T)[targets], nats, float32.
+    """log softmax(hidden @ table.T / temperature)[targets], nats, float32.
 
     Works through blocks of positions and recomputes each block's logits in the backward pass, so neither pass holds
     more than `block_numbers` logits (4 bytes each) on a device, whatever C is. A block takes one position of every
@@ -57,18 +58,19 @@ def token_logps(
         targets: the token that each state predicts.
         block_numbers: how many logits may exist at once on a device.
         softcap: of the logits, see `soft_cap`.
+        temperature: what the logits, capped, are divided by; > 0.
     """
-    return _forward(hidden, table, targets, block_numbers, softcap)[0]
+    return _forward(hidden, table, targets, block_numbers, softcap, temperature)[0]
 
 
-def _forward(hidden, table, targets, block_numbers, softcap):
+def _forward(hidden, table, targets, block_numbers, softcap, temperature):
     @layout.on_devices(ins=(ROWS, TABLE, ROWS), outs=(ROWS, ROWS), num_rows=len(hidden))
     def each(hidden, table, targets):
         head = layout.gather(table.astype(hidden.dtype), axis=1)
         first = layout.offset(len(head))
 
         def block(states, targets):
-            logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
+            logits = soft_cap(dot(states, head, (2,), (1,)), softcap) / temperature
             total = layout.join_logsumexp(jax.nn.logsumexp(logits, axis=-1))
             row = targets - first
             logit = jnp.take_along_axis(logits, row.clip(0, len(head) - 1)[..., None], axis=-1)[..., 0]
@@ -81,7 +83,7 @@ def _forward(hidden, table, targets, block_numbers, softcap):
     return logps, (hidden, table, targets, totals)
 
 
-def _backward(block_numbers, softcap, residuals, cotangents):
+def _backward(block_numbers, softcap, temperature, residuals, cotangents):
     @layout.on_devices(ins=(ROWS, TABLE, ROWS, ROWS, ROWS), outs=(ROWS, TABLE), num_rows=len(cotangents))
     def each(hidden, table, targets, totals, cotangents):
         head = layout.gather(table.astype(hidden.dtype), axis=1)
@@ -90,9 +92,9 @@ def _backward(block_numbers, softcap, residuals, cotangents):
         def block(dtable, xs):
             states, targets, totals, cotangents = xs
             logits = soft_cap(dot(states, head, (2,), (1,)), softcap)
-            probabilities = jnp.exp(logits - totals[..., None])
+            probabilities = jnp.exp(logits / temperature - totals[..., None])
             is_target = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == (targets - first)[..., None]
-            dlogits = cotangents[..., None] * (is_target - probabilities)
+            dlogits = cotangents[..., None] / temperature * (is_target - probabilities)
             if softcap is not None:
                 dlogits *= 1 - jnp.square(logits / softcap)  # the derivative of tanh
             dlogits = dlogits.astype(hidden.dtype)

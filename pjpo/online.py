@@ -34,13 +34,14 @@ from pjpo.types import Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a rollout is. The temperature of sampling is that of log-probs, 1."""
+    """What a rollout is."""
 
     rewards: Rewards  # what completions are worth
     prompts_per_rollout: int  # a multiple of batch_size, the prompts in an update
     num_epochs: int = 1  # passes over a rollout
     num_completions: int = 8  # of each prompt: a group
     max_completion_tokens: int = 256
+    temperature: float = 1.0  # of sampling, and of every log-prob that training reads: the reference's too
     top_k: int = 0  # sample among the k likeliest tokens; 0 for all
     top_p: float = 1.0  # sample among the likeliest tokens that together reach this probability
     stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own
@@ -65,6 +66,7 @@ class Config:
         checks.one_of(self, "truncated", ("keep", "mask", "penalise"))
         checks.one_of(self, "reference", ("run", "rollout"))
         checks.not_negative(self, "truncation_penalty")
+        checks.positive(self, "temperature")
         if self.pairs and (self.num_completions < 2 or self.truncated == "mask"):
             raise ValueError(
                 "online: pairs need num_completions of 2 or more, both of which count, got "
@@ -73,6 +75,7 @@ class Config:
         self.sampling(())  # which refuses the rest
 
     def sampling(self, stop_tokens: Sequence[int]) -> Sampling:
+        """By a policy that is `at` the temperature."""
         return Sampling(
             num_completions=self.num_completions,
             max_completion_tokens=self.max_completion_tokens,
@@ -146,23 +149,6 @@ def check(experiment: Any) -> None:
     jax.eval_shape(method.advantages, batch, **_of_these(method, asked))
 
 
-def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
-    """The ids after which completions end: the tokenizer's own, and those of some texts.
-
-    Raises:
-        ValueError: a text that is not one token.
-    """
-    found = list(tokenizer.stop_ids)
-    for text in stop:
-        ids = tokenizer.encode(text, special=True)
-        if len(ids) != 1:
-            raise ValueError(
-                f"rollouts: stop {text!r} must be one token of the tokenizer, got {len(ids)}; choose another text"
-            )
-        found += ids
-    return tuple(sorted(set(found)))
-
-
 def judge(rewards: Rewards, batch: Batch, examples: Sequence[Example], tokenizer: Any) -> Scores:
     """Rewards of completions, by the first process for all: one may be slow, or random."""
     if jax.process_count() == 1:
@@ -202,7 +188,7 @@ class Rollouts:
         Args:
             config: what a rollout is.
             method: the config of a method with `advantages(batch)`.
-            policy: samples, and scores its samples.
+            policy: samples, and scores its samples; `self.policy` is that at the temperature, to be trained.
             tokenizer: for rewards, which read text.
             examples: prompts, with the columns that rewards read.
             batch_size: prompts in an update.
@@ -213,10 +199,11 @@ class Rollouts:
         Raises:
             ValueError: what cannot be sampled or scored, by name.
         """
-        self.config, self.method, self.policy, self.tokenizer = config, method, policy, tokenizer
+        self.config, self.method, self.tokenizer = config, method, tokenizer
+        self.policy = policy.at(config.temperature)
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.period = config.num_updates(batch_size)
-        self.sampling = config.sampling(stop_tokens(config.stop, tokenizer))
+        self.sampling = config.sampling(rollouts.stop_tokens(config.stop, tokenizer))
         if not self.sampling.stop_tokens and config.truncated != "keep":
             raise ValueError(
                 f"rollouts: truncated is {config.truncated!r}, but the tokenizer has no end token, so that every "

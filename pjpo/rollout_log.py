@@ -97,7 +97,7 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     if mask.shape[1] < lengths.shape[1]:  # a choice by reward is no sample of the policy
         return found
     logps = np.asarray(batch.old_logps)
-    found["entropy"] = _mean(-logps, mask)  # of samples at temperature 1, an estimate without bias
+    found["entropy"] = _mean(-logps, mask)  # of samples from what it is the entropy of: an estimate without bias
     if batch.ref_logps is not None:
         found["kl"] = _mean(logps - batch.ref_logps, mask)  # the same of the KL, nats per token
     return found

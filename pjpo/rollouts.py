@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -67,6 +68,21 @@ def rollouts(
         completion_mask=completion_mask,
         old_logps=logps,
     )
+
+
+def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The ids after which completions end: the tokenizer's own, and those of some texts.
+
+    Raises:
+        ValueError: a text that is not one token.
+    """
+    found = list(tokenizer.stop_ids)
+    for text in stop:
+        ids = tokenizer.encode(text, special=True)
+        if len(ids) != 1:
+            raise ValueError(f"stop {text!r} must be one token of the tokenizer, got {len(ids)}; choose another text")
+        found += ids
+    return tuple(sorted(set(found)))
 
 
 def pad(rows: Sequence, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

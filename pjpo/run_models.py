@@ -67,6 +67,7 @@ def dpo_logps(
                 f"dpo_model: the tokenizer of {experiment.dpo_model.source} differs from the policy's; take one that "
                 "was trained from the same model"
             )
+    policy = policy.at(experiment.rollouts.temperature) if experiment.rollouts else policy
     return lambda batch: policy.logps(params, batch)
 
 

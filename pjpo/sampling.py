@@ -30,7 +30,7 @@ class Sampling:
 
     max_completion_tokens: int
     num_completions: int = 1  # of each prompt
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # of this choice alone, log-probs do not know it (see `Policy.at`); 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     min_p: float = 0.0  # drop tokens less likely than this fraction of the likeliest
@@ -63,7 +63,7 @@ class Prompts(NamedTuple):
 class Completions(NamedTuple):
     tokens: Int[Array, "B N T"]  # 0 after the end
     mask: Bool[Array, "B N T"]  # the stop token included
-    logps: Float[Array, "B N T"]  # of the tokens at temperature 1 under the whole distribution, nats; 0 after the end
+    logps: Float[Array, "B N T"]  # of the tokens under the policy's whole distribution, nats; 0 after the end
 
 
 def sequence_keys(key: Array, num_prompts: int, num_completions: int) -> Array:
@@ -125,7 +125,7 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
         attend = Partial(attention.decode, now.visible, now.step)
         positions = jnp.broadcast_to(now.length - 1 + now.step, now.ended.shape)
         hidden, caches = decoder.apply(params, now.inputs, positions, attend, now.caches)
-        logits = soft_cap(few_rows(hidden, table.T, table), config.logit_softcap)  # [B, N, V]
+        logits = soft_cap(few_rows(hidden, table.T, table), config.logit_softcap) / config.temperature  # [B, N, V]
         tokens = jnp.where(now.ended, 0, choose(sampling, logits, _step_keys(now.keys, now.step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         logps = jnp.where(now.ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))

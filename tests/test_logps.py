@@ -10,7 +10,7 @@ import pytest
 from pjpo.logps import mean_completion, sum_completion, token_logps
 
 
-def by_loop(hidden, table, targets, weights, cap=None):
+def by_loop(hidden, table, targets, weights, cap=None, temperature=1.0):
     """Log-probs, and the gradients of their sum under `weights`, one position at a time."""
     logps, dhidden, dtable = np.zeros(targets.shape), np.zeros(hidden.shape), np.zeros(table.shape)
     for place in np.ndindex(targets.shape):
@@ -18,6 +18,7 @@ def by_loop(hidden, table, targets, weights, cap=None):
         slope = 1.0
         if cap is not None:
             logits, slope = cap * np.tanh(logits / cap), 1 / np.cosh(logits / cap) ** 2
+        logits, slope = logits / temperature, slope / temperature
         total = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max()
         logps[place] = logits[targets[place]] - total
         dlogits = -np.exp(logits - total)
@@ -37,16 +38,16 @@ def example(groups=2, positions=7, width=5, vocab_size=11):
 # 2 groups of 7 positions with 11 tokens are 154 logits: all at once, in blocks of 4 (the last one padded) and of 1.
 @pytest.mark.parametrize("block_numbers", [1000, 100, 22])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float64", 1e-13)])
-@pytest.mark.parametrize("cap", [None, 1.5])
-def test_values_and_gradients_equal_a_loop(block_numbers, dtype, bound, cap):
+@pytest.mark.parametrize(("cap", "temperature"), [(None, 1.0), (1.5, 1.0), (1.5, 0.6)])
+def test_values_and_gradients_equal_a_loop(block_numbers, dtype, bound, cap, temperature):
     hidden, table, targets, weights = example()
     with jax.enable_x64(dtype == "float64"):
         logps, pullback = jax.vjp(
-            lambda hidden, table: token_logps(hidden, table, targets.astype(np.int32), block_numbers, cap),
+            lambda hidden, table: token_logps(hidden, table, targets.astype(np.int32), block_numbers, cap, temperature),
             *(jnp.asarray(x, dtype) for x in (hidden, table)),
         )
         found = logps, *pullback(jnp.asarray(weights, dtype))
-    for one, other in zip(found, by_loop(hidden, table, targets, weights, cap), strict=True):
+    for one, other in zip(found, by_loop(hidden, table, targets, weights, cap, temperature), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=bound)
 
 

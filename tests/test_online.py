@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import registry
 from pjpo import experiment, online, runs
@@ -18,10 +19,11 @@ from pjpo.data.examples import Example
 from pjpo.methods import dpo, grpo
 from pjpo.metrics import Mean
 from pjpo.rewards.protocol import Rewards
-from pjpo.sampling import Prompts, sequence_keys
+from pjpo.sampling import Prompts, Sampling, sequence_keys
 from pjpo.step import State
 from pjpo.types import Batch
 from tests import test_distributed, tiny_online
+from tests.models import plain_llama
 from tests.test_experiment import Program
 from tests.test_rollouts import POLICY, params
 
@@ -302,14 +304,58 @@ def test_completions_are_written_with_rewards_and_advantages():
         assert row["kind"] == "rollout"
 
 
+def test_at_a_temperature_everything_is_of_the_distribution_that_is_sampled_from():
+    made = make(temperature=0.6)
+    found = whole(made)
+    assert made._numbers["sampling/sampling_logp_difference/max"].value() < 1e-5
+    for weights, logps in ((params(), found.old_logps), (reference(), found.ref_logps)):
+        for prompt, size, tokens, counted, row in zip(
+            found.prompt_tokens,
+            found.prompt_mask.sum(1),
+            found.completion_tokens,
+            found.completion_mask,
+            logps,
+            strict=True,
+        ):
+            rows = np.concatenate([np.repeat(prompt[None, :size], 3, axis=0), tokens], axis=1)
+            logits = plain_llama.logits(POLICY.config, weights, rows)[:, size - 1 : -1]
+            of_tokens = np.take_along_axis(jax.nn.log_softmax(logits / 0.6), tokens[..., None], -1)[..., 0]
+            np.testing.assert_allclose(row, np.where(counted, of_tokens, 0), atol=1e-5)
+
+
+def test_at_a_temperature_the_gradient_is_that_of_the_reward_that_samples_get():
+    """Every completion of one token, each as often as it is drawn; so nothing is left to chance."""
+    policy, prompt, rewards = make(temperature=0.6).policy, np.array([[4, 5]], np.int32), np.cos(np.arange(32.0))
+    tokens = np.arange(32, dtype=np.int32)[None, :, None]
+
+    def probabilities(weights):
+        return jax.nn.softmax(plain_llama.logits(POLICY.config, weights, prompt)[0, -1] / 0.6)
+
+    drawn = np.asarray(probabilities(params()))
+    batch = Batch.of(prompt_tokens=prompt, completion_tokens=tokens, advantages=(32 * drawn * rewards)[None])
+    batch = dataclasses.replace(batch, old_logps=policy.logps(params(), batch))
+
+    def loss(weights):
+        return grpo.loss(grpo.Config(beta=0.0), batch, policy.logps(weights, batch), None)[0].value()
+
+    np.testing.assert_allclose(loss(params()), -drawn @ rewards, rtol=1e-5)
+    expected = jax.jit(jax.grad(lambda weights: -probabilities(weights) @ rewards))(params())
+    alike(jax.jit(jax.grad(loss))(params()), expected, atol=1e-6)
+    sampling = Sampling(max_completion_tokens=1, num_completions=4000)
+    samples = policy.generate(params(), Prompts(prompt, prompt > -1), jax.random.key(0), sampling).tokens
+    counts = np.bincount(np.asarray(samples).reshape(-1), minlength=32)
+    assert stats.chisquare(counts, 4000 * drawn.astype(np.float64) / drawn.sum(dtype=np.float64)).pvalue > 0.01
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"temperature": 0.0}, "online: temperature must be > 0 and finite, got 0.0"),
         ({"prompts_per_rollout": 0}, "online: prompts_per_rollout must be >= 1, got 0"),
         ({"truncated": "cut"}, "online: truncated must be one of keep, mask, penalise, got 'cut'"),
         ({"pairs": True, "truncated": "mask"}, "pairs need .* got 3 and truncated 'mask'"),
         ({"top_p": 0.0}, r"sampling: top_p must be in \(0, 1\], got 0.0"),
-        ({"stop": ("ab",)}, "rollouts: stop 'ab' must be one token of the tokenizer, got 2; choose another text"),
+        ({"stop": ("ab",)}, "stop 'ab' must be one token of the tokenizer, got 2; choose another text"),
         ({"max_completion_tokens": 31}, r"the prompt of row 2 has 3 tokens, but the model's 32 positions .* leave 1"),
         ({"prompts_per_rollout": 5}, "prompts_per_rollout 5 is not divisible by batch_size 2; use 4 or 6"),
     ],
@@ -408,6 +454,14 @@ def same(one, other):
 def test_the_reward_rises(alone):
     rewards = runs.read(alone.folder).metrics["reward"][1]
     assert rewards[-8:].mean() > rewards[:8].mean() + 0.2
+
+
+def test_a_rollout_s_first_update_clips_nothing(alone):
+    """Its ratios are 1, if the update knows the temperature of the samples."""
+    steps, ratios = runs.read(alone.folder).metrics["clip_ratio/region_mean"]
+    first = np.asarray(steps) % 4 == 1
+    assert not ratios[first].any()
+    assert ratios[~first].any()
 
 
 def test_killed_within_rollouts_it_ends_with_the_same_bits(tmp_path, model, cache, alone):

@@ -48,6 +48,7 @@ EXPERIMENT = Experiment(
         num_epochs=2,
         num_completions=8,
         max_completion_tokens=8,
+        temperature=0.8,
         sampling_batch_size=3,
         log_every_rollouts=2,
     ),

@@ -37,6 +37,9 @@ class ActorCritic:
     def values(self, params: dict, batch: Batch) -> Float[Array, "B N T"]:
         return self.critic.values(params["critic"], batch)
 
+    def at(self, temperature: float) -> ActorCritic:
+        return dataclasses.replace(self, actor=self.actor.at(temperature))
+
     def trainable(self, params: dict) -> tuple[dict, dict]:
         """(what the optimizer changes, what stays), of both; without a critic, as of a reference, of the actor."""
         both = {name: getattr(self, name).trainable(tree) for name, tree in params.items()}

@@ -41,6 +41,7 @@ class Config:
     query_scale: float | None = None  # of attention scores; head_dim ** -0.5 unless given
     attention_softcap: float | None = None  # see `pjpo.logps.soft_cap`
     logit_softcap: float | None = None
+    temperature: float = 1.0  # logits are divided by it, where tokens are sampled and where they are scored
     post_norms: bool = False  # RMSNorm of what attention and feed-forward give, before it is added
     norm_plus_one: bool = False  # norms multiply by 1 + scale
     activation: Activation = "silu"
@@ -69,7 +70,8 @@ class Config:
         for name, choice in choices.items():
             if getattr(self, name) not in (allowed := get_args(choice)):
                 raise ValueError(f"model: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("rope_theta_local", "query_scale", "attention_softcap", "logit_softcap", "embed_scale"):
+        scales = "rope_theta_local", "query_scale", "attention_softcap", "logit_softcap", "temperature", "embed_scale"
+        for name in scales:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"model: {name} must be > 0, got {value}")

@@ -35,7 +35,7 @@ class Policy:
         return jax.jit(lambda key: Decoder(self.config).init(key, token, token, attend, None))(key)
 
     def logps(self, params: dict, batch: Batch) -> Float[Array, "B N T"]:
-        """Log-probability of each completion token at temperature 1, nats, float32; 0 where there is no token.
+        """Log-probability of each completion token, nats, float32; 0 where there is no token.
 
         Each prompt is computed once for its N completions, and the vocabulary is never materialised.
 
@@ -107,6 +107,14 @@ class Policy:
         with layout.on(layout.of(params)):
             return decoding.generate(self, params, prompts, key, sampling)
 
+    def at(self, temperature: float) -> Policy:
+        """The policy whose logits are divided by this, for sampling and log-probs alike; parameters stay the same.
+
+        Raises:
+            ValueError: it is not > 0.
+        """
+        return Policy(dataclasses.replace(self.config, temperature=temperature))
+
     def trainable(self, params: dict) -> tuple[dict, dict]:
         """(what the optimizer changes, what stays): where there are adapters, the weights stay."""
         if "lora" in params:
@@ -129,10 +137,8 @@ def _logps(config: Config, params: dict, batch: Batch) -> Array:
     streams, hidden = _hidden(config, params, batch)
     slots = streams.join(jnp.zeros_like(batch.prompt_tokens), batch.completion_tokens)
     targets = streams.completions_of(streams.to_places(slots))
-    logps = _to_completions(
-        streams,
-        token_logps(hidden, head_table(config, params), targets, config.head_block_numbers, config.logit_softcap),
-    )
+    logits = config.head_block_numbers, config.logit_softcap, config.temperature
+    logps = _to_completions(streams, token_logps(hidden, head_table(config, params), targets, *logits))
     # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.
     unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
     return jnp.where(batch.completion_mask, jnp.where(unpredicted, jnp.nan, logps), 0)

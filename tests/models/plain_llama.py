@@ -84,7 +84,7 @@ def logits(config, params, tokens):
         x = x + after("mlp", mlp(config, layer, normed))
     head = weights["embed" if config.tied_head else "head"]["table"]
     x = rms_norm(config, x, weights["final_norm"]["scale"])
-    return capped(jnp.einsum("bld,vd->blv", x, head), config.logit_softcap)
+    return capped(jnp.einsum("bld,vd->blv", x, head), config.logit_softcap) / config.temperature
 
 
 def logps(config, params, tokens):

@@ -57,7 +57,7 @@ CASES = {  # completions of a prompt, groups that are packed apart (0: not packe
         {"scan_layers": True, "remat": True, "lora": SOME, "tied_head": False, "head_block_numbers": 37 * 7},
     ),
     "window, biases, slowed rotation": (2, 0, {"sliding_window": 2, "qkv_bias": True, "rope_scaling": SLOWED}),
-    "Gemma, packed, head in blocks": (8, 2, GEMMA | {"head_block_numbers": 37 * 11}),
+    "Gemma, packed, head in blocks, colder": (8, 2, GEMMA | {"head_block_numbers": 37 * 11, "temperature": 0.7}),
     "Gemma, scanned, recomputed layers, adapters": (2, 0, GEMMA | {"scan_layers": True, "remat": True, "lora": ALL}),
 }
 
@@ -300,6 +300,7 @@ def test_logps_refuse_more_positions_than_the_model_has():
         ({"head_block_numbers": 36}, "model: head_block_numbers 36 holds no position's 37 logits"),
         ({"activation": "gelu"}, "model: activation must be one of silu, gelu_tanh, got 'gelu'"),
         ({"logit_softcap": 0.0}, "model: logit_softcap must be > 0, got 0.0"),
+        ({"temperature": 0.0}, "model: temperature must be > 0, got 0.0"),
         ({"query_scale": float("nan")}, "model: query_scale must be > 0, got nan"),
         ({"sliding_window": 0}, "model: sliding_window must be at least 1, got 0"),
         ({"rope_theta_local": 5.0}, "model: global_layers and rope_theta_local mean something only with a sliding_win"),
