@@ -20,6 +20,7 @@ from pjpo.rewards import reasoning_gym
 from pjpo.rewards.protocol import Rewards
 
 RIGHT = Rewards(functions=(reasoning_gym.Config(extract="first number"),), weights=(1.0,))
+END = ("\n",)  # of an answer
 EXPERIMENT = Experiment(
     loss=grpo.loss,
     method=grpo.Config(beta=0.01),
@@ -35,9 +36,9 @@ EXPERIMENT = Experiment(
         num_shots=4,
     ),
     rollouts=online.Config(
-        rewards=RIGHT, prompts_per_rollout=16, num_completions=8, max_completion_tokens=4, stop=("\n",), halvings=0
+        rewards=RIGHT, prompts_per_rollout=16, num_completions=8, max_completion_tokens=4, stop=END, halvings=0
     ),
-    evaluation=exact_match.Config(rewards=RIGHT, max_completion_tokens=4),
+    evaluation=exact_match.Config(rewards=RIGHT, max_completion_tokens=4, stop=END),
     optimizer=optim.Config(learning_rate=1e-4, warmup_steps=10),
     loop=train.Loop(num_steps=120, log_every_steps=2, evaluate_every_steps=40, checkpoint_every_steps=40),
     batch_size=8,
@@ -49,6 +50,7 @@ EXPERIMENT = Experiment(
         "data.num_held_out": 8,
         "data.num_shots": 1,
         "rollouts.stop": (),
+        "evaluation.stop": (),
         "optimizer.warmup_steps": 2,
         "loop": train.Loop(num_steps=6, evaluate_every_steps=2, checkpoint_every_steps=2),
     },

@@ -27,6 +27,7 @@ class Config:
     num_completions: int = 8  # samples of each problem, at temperature 1
     pass_at: tuple[int, ...] = (1, 8)  # k of pass@k, up to num_completions
     max_completion_tokens: int
+    stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own: those of the rollouts
     batch_size: int = 32  # problems decoded together
 
     def __post_init__(self):
@@ -41,7 +42,8 @@ class Config:
     def build(self, context, data) -> Evaluation:
         """
         Raises:
-            ValueError: nothing is held out, or its columns are not those that the rewards read.
+            ValueError: nothing is held out, its columns are not those that the rewards read, or a text to stop at is
+                not one token.
         """
         if not data.held_out:
             raise ValueError("exact match: the data holds nothing out; set num_held_out to 1 or more")
@@ -56,6 +58,7 @@ class Evaluation:
     def __init__(self, config: Config, context, examples: Sequence[Example]):
         self.config, self.policy, self.tokenizer = config, context.policy, context.tokenizer
         self.examples, self.say = examples, context.say
+        self.stop_tokens = rollouts.stop_tokens(config.stop, context.tokenizer)
         self.key = jax.random.fold_in(context.key, zlib.crc32(b"exact match"))
 
     def __call__(self, params, ref_params=None, *, title: str = "evaluating") -> Result:
@@ -90,7 +93,7 @@ class Evaluation:
     def _sampled(self, params, title: str, **settings):
         """Whether each completion [B, N] is right, the completions, their scores, and how many could not be scored."""
         sampling = Sampling(
-            max_completion_tokens=self.config.max_completion_tokens, stop_tokens=self.tokenizer.stop_ids, **settings
+            max_completion_tokens=self.config.max_completion_tokens, stop_tokens=self.stop_tokens, **settings
         )
         prompts = [example.prompt for example in self.examples]
         options = {"batch_size": self.config.batch_size, "title": title}

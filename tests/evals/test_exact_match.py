@@ -32,6 +32,9 @@ class Numbers:
     def decode(self, ids):
         return "".join(f"{int(i)} " for i in ids)
 
+    def encode(self, text, special=False):
+        return [int(number) for number in text.split()]
+
 
 def first_is_even(completions, limit):
     return [float(int(text.split()[0]) % 2 == 0) for text in completions]
@@ -99,6 +102,17 @@ def test_rows_are_of_the_first_sample_of_each_problem():
         completion = row["text"].removeprefix(row["prompt"])
         assert row["reward_first_is_even"] == first_is_even([completion], None)[0]
         assert row["reward_length"] == len(completion.split())
+
+
+def test_it_stops_where_rollouts_stop():
+    even = tuple(map(str, range(0, 37, 2)))
+    rows = evaluation(PROMPTS * 4, stop=even)(PARAMS).samples
+    lengths = {True: set(), False: set()}
+    for row in rows:
+        lengths[bool(row["reward_first_is_even"])].add(row["reward_length"])
+    assert lengths == {True: {1}, False: {2}}
+    with pytest.raises(ValueError, match="stop '1 2' must be one token of the tokenizer, got 2; choose another text"):
+        evaluation(stop=("1 2",))
 
 
 def test_the_same_parameters_give_the_same_result_in_any_batch_size():
