@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -81,7 +82,7 @@ class Rewards:
     weights: tuple[float, ...]  # one for each; 0 measures only
     names: tuple[str, ...] = ()  # under which they are logged; () takes their own
     on_error: OnError = "nan"  # leave out what fails, or raise
-    timeout_seconds: float = 60.0  # of one call; one that never returns has it some log2(B N) times
+    timeout_seconds: float = 60.0  # of a call for all completions; then as much again, to find those that it fails for
 
     def __post_init__(self):
         if not self.functions or len(self.weights) != len(self.functions):
@@ -172,7 +173,7 @@ class Rewards:
         num_prompts, columns = len(prompts), columns or [{}] * len(prompts)
         ids = list(map(str, range(num_prompts))) if ids is None else ids
         numbers = {len(row) for row in completions}
-        if {len(completions), len(columns), len(ids)} != {num_prompts} or len(numbers) != 1:
+        if {len(completions), len(columns), len(ids)} != {num_prompts} or len(numbers) != 1 or numbers == {0}:
             raise ValueError(
                 f"rewards: {num_prompts} prompts with {len(completions)} rows of {sorted(numbers)} completions, "
                 f"{len(columns)} rows of columns and {len(ids)} ids; give every prompt one of each, and the same "
@@ -210,8 +211,13 @@ class Rewards:
     def _call(
         self, function: Callable, keywords: dict[str, list], num: int, failure: Callable[[int, str], Failure]
     ) -> tuple[Float64[np.ndarray, " n"], list[Failure]]:
-        """Values, and failures where they are nan. A call that fails is halved until the completions are found."""
-        values, failures, todo, num_late = np.full(num, np.nan), [], [range(num)], 0
+        """Values, and failures where they are nan.
+
+        A call that raises is halved until the completions are found. After one that is late each completion is asked
+        for by itself, and may take its share of the time that is left. So all calls together take twice
+        `timeout_seconds` at most, however many completions hang, and those that are quick get their values.
+        """
+        values, failures, todo, ends = np.full(num, np.nan), [], [range(num)], math.inf
 
         def fail(place: int, cause: str, error: Exception | None = None) -> None:
             failures.append(failure(place, cause))
@@ -220,25 +226,23 @@ class Rewards:
 
         while todo:
             part = todo.pop()
-            if num_late == 3 + num.bit_length():  # enough to find one
-                for place in part:
-                    fail(place, f"not called, as {num_late} calls took longer than {self.timeout_seconds:g} s")
-                continue
+            share = len(part) / (len(part) + sum(map(len, todo))) / min(len(part), 2)  # half is for asking again
+            seconds = min(self.timeout_seconds, (ends - time.monotonic()) * share)
             try:
                 own = {key: column[part.start : part.stop] for key, column in keywords.items()}
-                found = limited(lambda own=own: call(function, own), self.timeout_seconds)
+                found = limited(lambda own=own: call(function, own), max(seconds, 1e-3))  # 0 would be no limit
                 if len(found) != len(part):
                     raise ValueError(f"gave {len(found)} values for {len(part)} completions")
                 numbers = [math.nan if value is None else float(value) for value in found]
             except ImportError:
                 raise
             except Exception as error:  # whatever it is, it belongs to the completions and is told with them
-                num_late += isinstance(error, TimeoutError)
+                ends = min(ends, time.monotonic() + self.timeout_seconds)
                 if len(part) == 1:
                     fail(part.start, f"{type(error).__name__}: {error}", error)
                 else:
-                    middle = part.start + len(part) // 2
-                    todo += [range(middle, part.stop), range(part.start, middle)]
+                    size = 1 if isinstance(error, TimeoutError) else -(-len(part) // 2)
+                    todo += [part[start : start + size] for start in range(0, len(part), size)][::-1]
                 continue
             for place, value, number in zip(part, found, numbers, strict=True):
                 if math.isfinite(number):

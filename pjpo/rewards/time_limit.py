@@ -49,7 +49,7 @@ def _with_alarm(call: Callable[[], T], seconds: float | int) -> T:
             running = False
             return value
         except _Late:
-            raise TimeoutError(f"took longer than {seconds:g} s") from None
+            raise TimeoutError(f"took longer than {round(seconds, 3):g} s") from None
         finally:
             running = False
             signal.setitimer(signal.ITIMER_REAL, *timer)
@@ -71,7 +71,7 @@ def _in_thread(call: Callable[[], T], seconds: float | int) -> T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"took longer than {seconds:g} s")
+        raise TimeoutError(f"took longer than {round(seconds, 3):g} s")
     if errors:
         raise errors[0]
     return values[0]

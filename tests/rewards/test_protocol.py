@@ -1,6 +1,8 @@
 """Several rewards at once: who gets what, how totals add up, and what becomes of those that fail."""
 
+import dataclasses
 import math
+import re
 import time
 
 import numpy as np
@@ -111,23 +113,59 @@ def test_one_that_never_returns_costs_that_completion():
             time.sleep(0.01)
         return [1.0] * len(completions)
 
-    scores = of(hangs_at_bad, timeout_seconds=0.1).score(PROMPTS, COMPLETIONS, ids=IDS)
-    assert scores.failures == [Failure("hangs_at_bad", "rows:1", 2, "TimeoutError: took longer than 0.1 s")]
+    scores = of(hangs_at_bad, timeout_seconds=0.6).score(PROMPTS, COMPLETIONS, ids=IDS)
+    ((name, row, completion, cause),) = map(dataclasses.astuple, scores.failures)
+    assert (name, row, completion) == ("hangs_at_bad", "rows:1", 2)
+    assert re.fullmatch(
+        r"TimeoutError: took longer than 0\.1\d* s", cause
+    )  # a fourth of what is left of 0.6, with four to ask
     assert scores.scored.sum() == 5
 
 
-def test_one_that_always_hangs_is_given_up():
-    calls = []
+class Clock:
+    """In the place of the module `time` and of `limited`: a call takes what `seconds(completions)` says."""
 
-    def hangs(completions):
-        calls.append(len(completions))
-        time.sleep(60)
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds, self.limits = 0.0, seconds, []
+        monkeypatch.setattr(protocol, "time", self)
+        monkeypatch.setattr(protocol, "limited", self.limited)
 
-    scores = of(length, hangs, timeout_seconds=0.01).score(["p"] * 8, [["x"] * 8] * 8)
-    assert len(calls) == 3 + 7  # 64 has seven binary digits
-    assert len(scores.failures) == 64
-    assert scores.failures[-1].cause == "not called, as 10 calls took longer than 0.01 s"
-    assert (scores.total == 1).all()
+    def monotonic(self):
+        return self.now
+
+    def limited(self, call, limit):
+        self.limits.append(limit)
+        found = call()
+        self.now += min(limit, self.seconds(found))
+        if self.seconds(found) > limit:
+            raise TimeoutError("late")
+        return found
+
+
+def test_all_calls_together_take_twice_the_limit_at_most(monkeypatch):
+    clock = Clock(monkeypatch, lambda lengths: 0.1 * len(lengths) + 1e9 * sum(n > 1 for n in lengths))
+    completions = [["x", "xx"] * 2, ["xx"] * 4, ["x"] * 4]
+    scores = of(length, timeout_seconds=12.0).score(["p"] * 3, completions)
+    np.testing.assert_array_equal(scores.scored, [[text == "x" for text in row] for row in completions])
+    assert clock.limits[0] == 12
+    assert len(clock.limits) == 1 + 12
+    assert min(clock.limits) > 0.999  # each completion's share of 12 seconds
+    assert clock.now < 24
+    everything = Clock(monkeypatch, lambda lengths: 1e9)
+    assert not of(length, timeout_seconds=12.0).score(["p"] * 3, completions).scored.any()
+    assert everything.now == pytest.approx(24)
+
+
+def test_what_hangs_is_found_beside_what_raises(monkeypatch):
+    def refuses_and_hangs(completions):
+        refuses_bad(completions)
+        return length(completions)
+
+    clock = Clock(monkeypatch, lambda lengths: 0.1 + 1e9 * (4 in lengths))  # of one that is nowhere near the first
+    completions = [["bad", "x", "x", "x"], ["x", "x", "x", "xxxx"]]
+    scores = of(refuses_and_hangs, timeout_seconds=8.0).score(PROMPTS, completions, ids=IDS)
+    assert [(failure.row, failure.completion) for failure in scores.failures] == [("rows:1", 0), ("rows:2", 3)]
+    assert clock.now < 16
 
 
 def test_the_run_ends_where_it_is_told_to():
@@ -252,7 +290,8 @@ def test_an_unknown_way_to_handle_errors_is_refused(unchecked):
 
 
 @pytest.mark.parametrize(
-    ("completions", "others"), [([["x"], ["x", "y"]], {}), ([["x"]], {}), ([["x"], ["y"]], {"ids": ["1"]})]
+    ("completions", "others"),
+    [([["x"], ["x", "y"]], {}), ([["x"]], {}), ([["x"], ["y"]], {"ids": ["1"]}), ([[], []], {})],
 )
 def test_rows_that_do_not_fit_are_refused(completions, others):
     with pytest.raises(ValueError, match="give every prompt one of each, and the same number of completions"):
