@@ -14,8 +14,8 @@ work. The variants of a job take turns in one process, step by step, as the load
 - `weights_bf16`: weights that lie in memory as bfloat16, products in float32 as before (generation in float32).
 
 Kinds of job: a `dpo` or `sft` step with AdamW on all weights (`ref` "adapter": on LoRA's alone), `score` (log-probs and
-their gradient), `generate`, `grpo` (full completions and an update on them), and `head` (memory of the output
-head by vocabulary, compiled but not run).
+their gradient), `generate`, `sizes` (greedy generation, a variant for each batch size and length), `grpo` (full
+completions and an update on them), and `head` (memory of the output head by vocabulary, compiled but not run).
 A token counts wherever a row of its own would hold it: a prompt once for each completion. Times are CPU seconds on
 one core, wall seconds on more.
 """
@@ -71,7 +71,8 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[-args.cores :]
     os.sched_setaffinity(0, cores)
     job, model = spec["jobs"][args.job], spec["models"][args.model]
-    kinds = {"dpo": train, "sft": train, "score": score, "generate": generate, "grpo": rollout, "head": head}
+    kinds = {"dpo": train, "sft": train, "score": score, "generate": generate, "sizes": sizes}
+    kinds |= {"grpo": rollout, "head": head}
     if job["kind"] not in kinds:
         parser.error(f"job {args.job!r} is of kind {job['kind']!r}; known: {', '.join(kinds)}")
     bench = Bench(spec, job, model, args)
@@ -169,12 +170,12 @@ class Bench:
             ),
         }
 
-    def take_turns(self, runs: dict[str, Callable[[int], object]], work: list[tuple[int, float]], facts: dict) -> dict:
+    def take_turns(self, runs: dict[str, Callable[[int], object]], work: list | dict[str, list], facts: dict) -> dict:
         """Every variant does step i before any does step i + 1; the first step warms up.
 
         Args:
             runs: by variant, what does step i and returns something to wait for.
-            work: (tokens, nominal FLOPs) of each step.
+            work: (tokens, nominal FLOPs) of each step; by variant, where they do not do the same.
             facts: by variant, what `compile` returned.
         """
         seconds = {name: [] for name in runs}
@@ -185,8 +186,9 @@ class Bench:
                 seconds[name].append(_now(self.args.cores) - start)
         results = {}
         for name in runs:
-            speeds = [tokens / s for (tokens, _), s in zip(work, seconds[name], strict=True)][1:]
-            flops = [flop / s / 1e9 for (_, flop), s in zip(work, seconds[name], strict=True)][1:]
+            done = work[name] if isinstance(work, dict) else work
+            speeds = [tokens / s for (tokens, _), s in zip(done, seconds[name], strict=True)][1:]
+            flops = [flop / s / 1e9 for (_, flop), s in zip(done, seconds[name], strict=True)][1:]
             first = next(iter(runs))
             slower = [mine / first for mine, first in zip(seconds[name], seconds[first], strict=True)][1:]
             results[name] = {
@@ -331,6 +333,24 @@ def generate(bench: Bench) -> dict:
     return bench.take_turns({n: run for n, (run, _) in runs.items()}, work, {n: f for n, (_, f) in runs.items()})
 
 
+def sizes(bench: Bench) -> dict:
+    """Greedy completions of full length by batch size and length; weights in the compute dtype."""
+    job, policy = bench.job, bench.policy
+    params = jax.tree.map(lambda x: jnp.array(x, policy.config.dtype), policy.init(jax.random.key(0)))
+    shapes = {f"{batch} x {new}": (batch, new) for batch in job["batches"] for new in job["new_tokens"]}
+    runs, work, about = {}, {}, {}
+    for name in bench.chosen(list(shapes)):
+        batch, new = shapes[name]
+        tokens = np.array([bench.tokens(job["prompt"]) for _ in range(batch)], np.int32)
+        settings = sampling.Sampling(max_completion_tokens=new, temperature=0.0)
+        call = jax.jit(lambda params, prompts, key, settings=settings: policy.generate(params, prompts, key, settings))
+        given = params, sampling.Prompts(tokens, np.ones(tokens.shape, bool)), jax.random.key(0)
+        program, about[name] = bench.compile(name, call, *given)
+        runs[name] = lambda i, program=program, given=given: program(*given)
+        work[name] = [(batch * new, batch * bench.work(job["prompt"], new - 1, 1, new)[1])] * bench.num_steps
+    return bench.take_turns(runs, work, about)
+
+
 def rollout(bench: Bench) -> dict:
     """Completions of full length and one update on them, with advantages out of the air: any cost the same."""
     job, policy, spec = bench.job, bench.policy, bench.spec
@@ -418,10 +438,10 @@ class Unshared:
         return getattr(self.policy, name)
 
 
-def full_logits(hidden, table, targets, block_numbers, softcap=None):
+def full_logits(hidden, table, targets, block_numbers, softcap=None, temperature=1.0):
     """`pjpo.logps.token_logps` as one writes it at first."""
     logits = jnp.einsum("gcd,vd->gcv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = logps.soft_cap(logits, softcap)
+    logits = logps.soft_cap(logits, softcap) / temperature
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 
