@@ -119,11 +119,13 @@ def _wide(a: Array) -> jnp.dtype:
 
 def _bfloat16_parts(x: Array) -> Array:
     """float32 x -> [3, *x.shape], bfloat16, whose sum over axis 0 is x: 8 of its 24 significant bits in each."""
-    parts = []
-    for _ in range(3):
-        parts.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))  # XLA may undo a cast there and back
-        x = x - parts[-1]
-    return jnp.stack(parts).astype(jnp.bfloat16)
+    bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
+    first = lambda x: lax.bitcast_convert_type(bits(x) >> 16 << 16, jnp.float32)  # noqa: E731  its first 8 bits
+    high = first(x)
+    middle = first(x - high)
+    which = jnp.arange(3).reshape(3, *[1] * x.ndim)  # one loop without branches, where a concatenation makes three
+    part = jnp.where(which == 0, high, jnp.where(which == 1, middle, x - high - middle))
+    return lax.bitcast_convert_type((bits(part) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _dot_merged(a: Array, b: Array) -> Array:

@@ -194,7 +194,7 @@ class _Growing(NamedTuple):
 def choose(sampling: Sampling, logits: Float[Array, "B N V"], keys: Array) -> Int[Array, "B N"]:
     """The next token of each sequence: the likeliest, or one drawn with its own key."""
     if sampling.temperature < jnp.finfo(logits.dtype).tiny:  # 0, or taken for it by the division below
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _likeliest(logits)
     logits = logits - logits.max(-1, keepdims=True)  # first, so that no temperature is too small
     return _draw(_keep_likely(sampling, logits / sampling.temperature), keys)
 
@@ -216,6 +216,15 @@ def _keep_likely(sampling: Sampling, logits: Array) -> Array:
     if sampling.min_p > 0:
         logits = jnp.where(logits < math.log(sampling.min_p), -jnp.inf, logits)
     return logits
+
+
+def _likeliest(logits: Array, block: int = 256) -> Array:
+    """The first of the largest: of the blocks', then inside one. On a CPU XLA's argmax takes ten times a maximum."""
+    logits = jnp.pad(logits, ((0, 0), (0, 0), (0, -logits.shape[-1] % block)), constant_values=-jnp.inf)
+    logits = logits.reshape(*logits.shape[:2], -1, block)
+    row = jnp.argmax(logits.max(-1), axis=-1)[..., None]
+    inside = jnp.take_along_axis(logits, row[..., None], axis=-2)[..., 0, :]
+    return (row[..., 0] * block + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def _draw(logits: Array, keys: Array, block: int = 256) -> Array:

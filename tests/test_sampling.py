@@ -156,6 +156,15 @@ def test_temperature_raises_to_a_power():
     assert_drawn_from(np.array([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001]) ** 2, temperature=0.5)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 7, 256, 300, 1024])
+def test_greedy_takes_the_first_of_the_largest(vocab_size):
+    logits = np.random.default_rng(0).integers(-9, -3, (5, 4, vocab_size)).astype(np.float32)  # many ties
+    logits[0] = -np.inf
+    keys = sequence_keys(jax.random.key(0), 5, 4)
+    found = choose(dataclasses.replace(SETTINGS, temperature=0.0), jnp.asarray(logits), keys)
+    np.testing.assert_array_equal(found, logits.argmax(-1))
+
+
 def test_the_smallest_temperatures_are_greedy():
     for temperature in (1e-38, 2e-38):  # below the least normal number of float32, and above
         np.testing.assert_array_equal(

@@ -1,0 +1,44 @@
+"""Every variant of a benchmark's job still runs: on one layer, one step of each."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MODEL = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 32, "vocab": 64}
+MODEL |= {"rope_theta": 1e4, "norm_eps": 1e-5, "tied": True, "max_pos": 256}
+JOBS = {
+    "dpo_var": {"kind": "dpo", "pairs": 2, "prompt": [2, 9], "completion": [3, 7], "ref": "online"},
+    "dpo_fixed_pre": {"kind": "dpo", "pairs": 2, "prompt": [8, 8], "completion": [4, 4], "ref": "cached"},
+    "dpo_fixed_lora": {"kind": "dpo", "pairs": 2, "prompt": [8, 8], "completion": [4, 4], "ref": "adapter"},
+    "sft": {"kind": "sft", "batch": 2, "length": 8},
+    "shared": {"kind": "score", "prompts": 1, "group": 2, "prompt": 8, "completion": 4},
+    "gen": {"kind": "generate", "batch": 2, "prompt": 4, "new_tokens": 4, "greedy": True},
+    "gen_uneven": {"kind": "generate", "batch": 2, "group": 4, "prompt": 4, "new_tokens": 8, "mean_tokens": 4}
+    | {"greedy": False},
+    "grpo": {"kind": "grpo", "prompts": 1, "group": 2, "prompt": 4, "new_tokens": 4},
+}
+VARIANTS = {
+    "dpo_var": {"default", "no_sharing", "full_head", "plain_products", "no_packing"},
+    "dpo_fixed_pre": {"default", "no_sharing", "full_head", "plain_products", "sft"},
+    "dpo_fixed_lora": {"default", "no_sharing", "full_head", "plain_products"},
+    "sft": {"default", "full_head", "plain_products"},
+    "shared": {"default", "no_sharing", "full_head", "plain_products"},
+    "gen": {"default", "plain_products", "weights_bf16"},
+    "gen_uneven": {"default", "halvings_1", "halvings_2", "halvings_3", "plain_products", "no_sharing", "weights_bf16"},
+    "grpo": {"default", "generate", "update", "update_no_sharing"},
+}
+
+
+@pytest.mark.parametrize("job", ["sft", *(pytest.param(j, marks=pytest.mark.slow) for j in JOBS if j != "sft")])
+def test_every_variant_runs(job, tmp_path):
+    special = {"pad": 0, "eos": 1, "bos": 2, "unk": 3, "first_free": 4}
+    spec = {"seed": 1, "lr": 1e-6, "beta": 0.1, "max_grad_norm": 1.0, "special_tokens": special}
+    (tmp_path / "jobs.json").write_text(json.dumps(spec | {"models": {"tiny": MODEL}, "jobs": JOBS}))
+    command = [sys.executable, "-m", "benchmarks.bench", job, "--jobs", tmp_path / "jobs.json"]
+    done = subprocess.run([*command, "--model", "tiny", "--steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    variants = json.loads(done.stdout)["variants"]
+    assert set(variants) == VARIANTS[job]
+    assert all(facts["tokens_per_s"] > 0 for facts in variants.values())
