@@ -215,8 +215,11 @@ def main() -> int:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     sys.path.insert(0, str(ROOT))
-    for slow in ("tests.conftest", "flax.linen", "hypothesis", "optax", "scipy.special"):  # JAX with the first
-        importlib.import_module(slow)
+    slow = ["tests.conftest", "flax.linen", "hypothesis", "optax", "scipy.special"]  # JAX with the first
+    if all(file.startswith("pjpo/methods/") for file in options.files):
+        slow += ["pjpo.step", "pjpo.models.load"]  # which import no method
+    for module in slow:
+        importlib.import_module(module)
 
     listed = LISTED.read_text() if LISTED.exists() else ""
     log, left, number = pathlib.Path(cache.name) / "log", 0, 0

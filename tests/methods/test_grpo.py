@@ -97,6 +97,7 @@ def test_presets_differ_in_numbers():
         "RLOO": (0.2, 0.2, 0.05, "k1", "reward"),
         "REINFORCE_PP": (0.2, 0.2, 0.01, "k1", "reward"),
     }
+    assert [name for name in found if getattr(grpo, name).needs_reference] == ["GRPO", "RLOO", "REINFORCE_PP"]
     assert (grpo.GRPO.std_ddof, grpo.GRPO.std_eps, grpo.DR_GRPO.max_completion_tokens) == (1, 1e-4, 3000)
 
 
@@ -129,6 +130,14 @@ def test_kl_in_the_reward_is_a_completions_or_a_tokens():
         white = (sums - sums[mask].mean()) / sums[mask].std(ddof=1)
         found = grpo.REINFORCE_PP.advantages(batch).advantages
         np.testing.assert_allclose(found, np.where(mask, white, 0), atol=1e-7)
+
+
+def test_without_kl_in_the_reward_lengths_change_no_advantage():
+    with online.x64("float64"):
+        batch = rollout(3)
+        assert np.ptp(batch.loss_mask.sum(-1))
+        centred = batch.rewards - batch.rewards.mean(1, keepdims=True)
+        np.testing.assert_allclose(grpo.DR_GRPO.advantages(batch).advantages, centred, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", kl.ESTIMATORS)
@@ -180,5 +189,6 @@ def test_what_is_missing_is_refused():
         grpo.loss(grpo.GRPO, scored, jnp.asarray(scored.old_logps), None)
     with pytest.raises(ValueError, match="aggregation 'constant' divides by max_completion_tokens, got None"):
         grpo.Config(aggregation="constant")
+    assert grpo.Config(aggregation="constant", max_completion_tokens=1).max_completion_tokens == 1
     with pytest.raises(ValueError, match=r"dual_clip must be None for 'cispo', .* got 3.0"):
         grpo.Config(importance="cispo", dual_clip=3.0)

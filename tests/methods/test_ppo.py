@@ -72,6 +72,13 @@ def test_defaults():
     assert (found.epsilon_low, found.epsilon_high, found.value_clip, found.value_weight) == (0.2, 0.2, 0.2, 0.1)
     assert (found.gamma, found.lam, found.beta, found.aggregation) == (1.0, 0.95, 0.05, "token")
     assert (found.kl_target, found.missing_end_score, found.old_logps) == (None, None, "rollout")
+    assert found.kl_horizon == 10_000
+    assert ppo.Config(kl_horizon=1).kl_horizon == 1  # the least that is allowed
+
+
+def test_needs_the_reference_for_the_pull():
+    assert ppo.Config().needs_reference
+    assert not ppo.Config(beta=0.0).needs_reference
 
 
 def rollout(seed=0, shape=(4, 2, 6)):
@@ -106,6 +113,8 @@ def test_advantages_by_hand():
                 following = batch.values[b, n, t + 1] if t + 1 < length else 0.0
                 after = advantages[b, n, t] = rewards[t] + 0.9 * following - value + 0.9 * 0.8 * after
         mask = batch.loss_mask
+        rewards = ppo.token_rewards(config, batch, jnp.asarray(batch.rewards))
+        np.testing.assert_array_equal(rewards[~mask], 0)
         np.testing.assert_allclose(found.labels, np.where(mask, advantages + batch.values, 0), rtol=1e-12)
         white = (advantages - advantages[mask].mean()) / advantages[mask].std(ddof=1)
         np.testing.assert_allclose(found.advantages, np.where(mask, white, 0), atol=1e-7)

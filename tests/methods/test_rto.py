@@ -103,7 +103,6 @@ def test_needs_the_reference_for_the_pull_or_for_the_dpo_policy():
     assert rto.Config(beta=0.0).needs_reference
     assert rto.Config(variant="ppo").needs_reference
     assert not rto.Config(variant="ppo", beta=0.0).needs_reference
-    assert (ppo.Config().needs_reference, ppo.Config(beta=0.0).needs_reference) == (True, False)
 
 
 def test_the_log_says_how_the_dpo_policy_rewards_and_how_much_is_clipped():
