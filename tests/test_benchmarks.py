@@ -1,10 +1,14 @@
-"""Every variant of a benchmark's job still runs: on one layer, one step of each."""
+"""Every variant of a benchmark's job still runs: on one layer, one step of each; and what a speed is of."""
 
 import json
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
+
+from benchmarks import bench
 
 MODEL = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 32, "vocab": 64}
 MODEL |= {"rope_theta": 1e4, "norm_eps": 1e-5, "tied": True, "max_pos": 256}
@@ -17,6 +21,7 @@ JOBS = {
     "gen": {"kind": "generate", "batch": 2, "prompt": 4, "new_tokens": 4, "greedy": True},
     "gen_uneven": {"kind": "generate", "batch": 2, "group": 4, "prompt": 4, "new_tokens": 8, "mean_tokens": 4}
     | {"greedy": False},
+    "gen_sizes": {"kind": "sizes", "batches": [1, 3], "prompt": 4, "new_tokens": [2, 5]},
     "grpo": {"kind": "grpo", "prompts": 1, "group": 2, "prompt": 4, "new_tokens": 4},
 }
 VARIANTS = {
@@ -27,14 +32,15 @@ VARIANTS = {
     "shared": {"default", "no_sharing", "full_head", "plain_products"},
     "gen": {"default", "plain_products", "weights_bf16"},
     "gen_uneven": {"default", "halvings_1", "halvings_2", "halvings_3", "plain_products", "no_sharing", "weights_bf16"},
+    "gen_sizes": {"1 x 2", "1 x 5", "3 x 2", "3 x 5"},
     "grpo": {"default", "generate", "update", "update_no_sharing"},
 }
+SPECIAL = {"pad": 0, "eos": 1, "bos": 2, "unk": 3, "first_free": 4}
 
 
 @pytest.mark.parametrize("job", ["sft", *(pytest.param(j, marks=pytest.mark.slow) for j in JOBS if j != "sft")])
 def test_every_variant_runs(job, tmp_path):
-    special = {"pad": 0, "eos": 1, "bos": 2, "unk": 3, "first_free": 4}
-    spec = {"seed": 1, "lr": 1e-6, "beta": 0.1, "max_grad_norm": 1.0, "special_tokens": special}
+    spec = {"seed": 1, "lr": 1e-6, "beta": 0.1, "max_grad_norm": 1.0, "special_tokens": SPECIAL}
     (tmp_path / "jobs.json").write_text(json.dumps(spec | {"models": {"tiny": MODEL}, "jobs": JOBS}))
     command = [sys.executable, "-m", "benchmarks.bench", job, "--jobs", tmp_path / "jobs.json"]
     done = subprocess.run([*command, "--model", "tiny", "--steps", "1"], capture_output=True, text=True)
@@ -42,3 +48,14 @@ def test_every_variant_runs(job, tmp_path):
     variants = json.loads(done.stdout)["variants"]
     assert set(variants) == VARIANTS[job]
     assert all(facts["tokens_per_s"] > 0 for facts in variants.values())
+
+
+def test_a_size_s_speed_is_of_its_own_tokens(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(bench, "_now", lambda cores: next(clock))  # whatever is done takes a second
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # or later tests compile again
+    options = {"job": "gen_sizes", "model": "tiny", "dtype": "fp32", "cores": 1, "steps": 2, "variants": None}
+    spec = {"seed": 1, "special_tokens": SPECIAL}
+    found = bench.sizes(bench.Bench(spec, JOBS["gen_sizes"], MODEL, types.SimpleNamespace(**options)))
+    speeds = {name: facts["tokens_per_s"] for name, facts in found.items()}
+    assert speeds == {"1 x 2": 2, "1 x 5": 5, "3 x 2": 6, "3 x 5": 15}
