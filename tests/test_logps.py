@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from pjpo import layout, sharding
 from pjpo.logps import mean_completion, sum_completion, token_logps
 
 
@@ -49,6 +51,26 @@ def test_values_and_gradients_equal_a_loop(block_numbers, dtype, bound, cap, tem
         found = logps, *pullback(jnp.asarray(weights, dtype))
     for one, other in zip(found, by_loop(hidden, table, targets, weights, cap, temperature), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_devices_that_share_rows_width_and_vocabulary_add_up(cap):
+    hidden, table, targets, weights = example(groups=4, width=4, vocab_size=6)
+    mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=2, model=2))
+
+    def place(x, dtype, spec):
+        return jax.device_put(jnp.asarray(x, dtype), NamedSharding(mesh, spec))
+
+    @jax.jit
+    def found(hidden, table, targets, weights):
+        with layout.on(mesh):
+            logps, pullback = jax.vjp(lambda *x: token_logps(*x, targets, 40, cap, 0.6), hidden, table)
+            return logps, *pullback(weights)
+
+    given = place(hidden, "float32", layout.ROWS), place(table, "float32", layout.TABLE)
+    given += place(targets, "int32", layout.ROWS), place(weights, "float32", layout.ROWS)
+    for one, other in zip(found(*given), by_loop(hidden, table, targets, weights, cap, 0.6), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)
 
 
 # In 80 numbers fit 3 positions of both groups; in 21 not even one, and one is the least that there is.

@@ -175,7 +175,10 @@ def test_what_is_missing_is_refused():
         ppo.Config().advantages(without("ref_logps"))
     with pytest.raises(ValueError, match="ppo: missing_end_score asks which completions were cut off"):
         ppo.Config(missing_end_score=-10.0).advantages(batch)
-    with pytest.raises(ValueError, match="ppo: the batch has no advantages and returns"):
-        ppo.loss(ppo.Config(), batch, jnp.asarray(batch.old_logps), None, jnp.asarray(batch.values))
+    scored = ppo.Config().advantages(batch)
+    for name in ("advantages", "labels"):
+        one = dataclasses.replace(scored, **{name: None})
+        with pytest.raises(ValueError, match="ppo: the batch has no advantages and returns"):
+            ppo.loss(ppo.Config(), one, jnp.asarray(batch.old_logps), None, jnp.asarray(batch.values))
     with pytest.raises(ValueError, match="ppo: beta must be > 0"):
         ppo.Config(kl_target=6.0, beta=0.0)
