@@ -5,7 +5,8 @@
 Rows as `dpo_hh` reads them. Both start from one model and see the same pairs in the same order: one trains by DPO, the
 other a scalar head by the Bradley-Terry loss (Lin et al. 2024). Then each tells chosen from rejected, among pairs that
 it has seen, others of the same file, and those of the shifted files: other prompts, or responses of other origin. With
-`--model.source=glassllm-en` minutes on a CPU core; with SmolLM2, as it stands, hours.
+SmolLM2, as it stands, hours on a CPU core; with `--model.source=glassllm-en --data.max-prompt-tokens=64
+--data.max-completion-tokens=63`, as it reads 128 tokens, minutes.
 """
 
 import dataclasses
@@ -65,6 +66,15 @@ class Start:
         print(*(data.about for data in found.values()), sep="\n")
         rows, *shifted = ((Path(path).name, data.train) for path, data in found.items())
         start = bench.Config(model=self.model).load()
+        every = [example for _, rows in (rows, *shifted) for example in rows]
+        width = max(len(example.prompt) for example in every)
+        length = max(len(completion) for example in every for completion in example.completions)
+        if width + length > start.policy.config.max_positions:
+            raise ValueError(
+                f"prompts of up to {width} and completions of up to {length} tokens exceed the "
+                f"{start.policy.config.max_positions} positions of {self.model.source}; lower data.max_prompt_tokens "
+                "or data.max_completion_tokens"
+            )
         return Pairs(start.config, start.policy, start.params, start.tokenizer, rows[1], dict(shifted))
 
 

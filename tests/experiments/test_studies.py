@@ -1,6 +1,7 @@
 """What single studies measure, on the tiny real model: points of best-of-n, goals that are asked for, margins."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -84,6 +85,15 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     assert start.before["DPO: kl"] > 0.01
     with pytest.raises(ValueError, match=r"prompts_per_rollout 5 is not divisible by training.batch_size 2"):
         dataclasses.replace(rto_sentiment.EXPERIMENT, prompts_per_rollout=5)
+
+
+def test_pairs_that_are_too_long_for_the_model_are_refused(tmp_path):
+    row = {"prompt": "word " * 90, "chosen": "good " * 60, "rejected": "bad " * 60}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    data = preference.Config(path=str(path), max_prompt_tokens=200, max_completion_tokens=200)
+    with pytest.raises(ValueError, match=r"128 positions of glassllm-en; lower data\.max_prompt_tokens"):
+        reward_hh.Start(model=Model(source="glassllm-en", scalar_head=True), data=data).load()
 
 
 def test_rewards_of_pairs_from_files(tmp_path):
