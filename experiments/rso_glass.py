@@ -9,7 +9,6 @@ Ten minutes on a CPU core.
 """
 
 import dataclasses
-import itertools
 from typing import ClassVar
 
 import jax
@@ -65,13 +64,7 @@ class Study(study.Study):
         """Trained on one epoch or less of all pairs that differ, and its accuracy on pairs of openings kept from it."""
         openings = start.openings("train", self.num_openings + self.num_ranking_openings, seed)[self.num_openings :]
         samples = start.sample(start.params, openings, jax.random.key(2 * seed), 4)
-        rewards, num_test = start.rewards(samples), len(openings) // 10
-        games = [
-            (row, a, b)
-            for row, values in enumerate(rewards)
-            for a, b in itertools.permutations(range(4), 2)
-            if values[a] > values[b]
-        ]
+        games, num_test = bench.games(start.rewards(samples)), len(openings) // 10
         test = bench.select(openings, samples, [game for game in games if game[0] < num_test])
         train = bench.select(openings, samples, [game for game in games if game[0] >= num_test])
         fitted = start.fit(reward_model.loss, reward_model.Config(), train, self.ranking, seed=seed, reference="none")

@@ -2,11 +2,11 @@
 
     python -m experiments.rto_sentiment
 
-SFT on reviews; VADER ranks what that model samples, and from the same pairs DPO trains a policy and Bradley-Terry a
-reward model. PPO and RTO both start at the DPO policy, are pulled to the SFT model, and earn the reward model's score;
-RTO adds the DPO policy's token rewards (Zhong et al. 2024), so both know the same pairs. The critic is the policy's own
-scalar head. On held-out openings: the reward model, VADER, a classifier that no policy learned from, KL. Expect some 25
-minutes on a CPU core.
+SFT on reviews; VADER ranks what that model samples. DPO trains a policy on the best against the worst of each opening,
+and Bradley-Terry a reward model on all pairs of the same samples. PPO and RTO both start at the DPO policy, are pulled
+to the SFT model, and earn the reward model's score; RTO adds the DPO policy's token rewards (Zhong et al. 2024), so
+both know the same preferences. The critic is the policy's own scalar head. On held-out openings: the reward model,
+VADER, a classifier that no policy learned from, KL. Expect some 25 minutes on a CPU core.
 """
 
 import dataclasses
@@ -104,8 +104,10 @@ class Start(bench.Config):
         ((tuned, _),) = begin.fit(sft.loss, sft.Config(), texts, self.sft, seed=0, reference="none")
         openings = begin.openings("train", self.num_pair_openings)
         samples = begin.sample(tuned, openings, jax.random.key(1), self.num_ranked)
-        pairs = bench.best_and_worst(openings, samples, begin.rewards(samples))
+        rewards = begin.rewards(samples)
+        pairs = bench.best_and_worst(openings, samples, rewards)
         ((trained, _),) = begin.fit(dpo.loss, dpo.Config(beta=self.beta), pairs, self.dpo, seed=0, params=tuned)
+        pairs = bench.select(openings, samples, bench.games(rewards))
         ((ranks, _),) = begin.fit(
             reward_model.loss, reward_model.Config(), pairs, self.ranking, seed=0, params=tuned, reference="none"
         )
@@ -176,8 +178,8 @@ class Study(study.Study):
         each = self.prompts_per_rollout * self.num_completions
         return (
             f"{self.start.model.source} continues openings of film reviews by up to "
-            f"{self.start.max_completion_tokens} tokens; SFT, and from the same pairs, best against worst of "
-            f"{self.start.num_ranked} by VADER, one DPO policy and one reward model, the same for all seeds. From that "
+            f"{self.start.max_completion_tokens} tokens; SFT; of {self.start.num_ranked} samples ranked by VADER, "
+            "DPO on best against worst and a reward model on all pairs, the same for all seeds. From that "
             f"DPO policy PPO and RTO, {num_rollouts} rollouts of {each} completions, rewarded by the reward model; "
             "seeds are of their rollouts and updates, and the judge is a classifier of reviews that taught nobody."
         )
@@ -242,7 +244,9 @@ EXPERIMENT = Study(
         texts=reviews.Texts(num_reviews=288, num_held_out=0, max_completion_tokens=16),
         sft=bench.Training(num_steps=24, batch_size=12, optimizer=STEPS),
         dpo=bench.Training(num_steps=32, batch_size=8, optimizer=STEPS),
-        ranking=bench.Training(num_steps=32, batch_size=8, optimizer=STEPS),
+        ranking=bench.Training(
+            num_steps=64, batch_size=8, optimizer=dataclasses.replace(STEPS, critic_learning_rate=2e-3)
+        ),
     ),
     method=rto.Config(),
     num_seeds=3,

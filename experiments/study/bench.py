@@ -198,6 +198,16 @@ def select(openings: Sequence[Example], samples: Batch, places: Iterable[Sequenc
     ]
 
 
+def games(rewards: np.ndarray) -> list[tuple[int, int, int]]:
+    """(row, winner, loser) of all samples of a row of `rewards` [B, N] that differ."""
+    return [
+        (row, a, b)
+        for row, values in enumerate(rewards)
+        for a, b in itertools.permutations(range(len(values)), 2)
+        if values[a] > values[b]
+    ]
+
+
 def unpaired(pairs: Sequence[Example]) -> list[Example]:
     """Each completion as a row of its own, labelled: what KTO takes."""
     return [

@@ -38,6 +38,11 @@ def test_pairs_are_best_against_worst(start):
             )
 
 
+def test_games_are_all_pairs_that_differ():
+    found = bench.games(np.array([[0.1, 0.9, 0.1], [0.3, 0.3, 0.3], [0.0, -1.0, 1.0]]))
+    assert sorted(found) == [(0, 1, 0), (0, 1, 2), (2, 0, 1), (2, 2, 0), (2, 2, 1)]
+
+
 def test_the_start_has_moved_nowhere(start, pairs):
     assert start.of_samples(start.params)["kl"] == pytest.approx(0, abs=1e-3)
     panel = start.of_pairs(start.params, pairs)
