@@ -87,7 +87,7 @@ class Stages(bench.Bench):
 class Start(bench.Config):
     texts: reviews.Texts  # for SFT
     sft: bench.Training
-    num_pair_openings: int = 160  # whose samples VADER ranks
+    num_pair_openings: int = 128  # whose samples VADER ranks
     num_ranked: int = 4  # samples of each: best against worst
     dpo: bench.Training
     beta: float = 0.1  # of DPO
@@ -122,7 +122,7 @@ class Study(study.Study):
     start: Start
     method: rto.Config  # PPO is its variant "ppo"
     num_openings: int = 64  # for rollouts, other ones than those of the pairs
-    prompts_per_rollout: int = 4
+    prompts_per_rollout: int = 8
     num_completions: int = 4  # of each
 
     def __post_init__(self):
@@ -243,14 +243,14 @@ EXPERIMENT = Study(
         num_completions=2,
         texts=reviews.Texts(num_reviews=288, num_held_out=0, max_completion_tokens=16),
         sft=bench.Training(num_steps=24, batch_size=12, optimizer=STEPS),
-        dpo=bench.Training(num_steps=32, batch_size=8, optimizer=STEPS),
+        dpo=bench.Training(num_steps=28, batch_size=8, optimizer=STEPS),
         ranking=bench.Training(
-            num_steps=64, batch_size=8, optimizer=dataclasses.replace(STEPS, critic_learning_rate=2e-3)
+            num_steps=56, batch_size=8, optimizer=dataclasses.replace(STEPS, critic_learning_rate=2e-3)
         ),
     ),
     method=rto.Config(),
     num_seeds=3,
-    training=bench.Training(num_steps=24, batch_size=2, optimizer=optim.Config(learning_rate=5e-4, warmup_steps=2)),
+    training=bench.Training(num_steps=18, batch_size=4, optimizer=optim.Config(learning_rate=5e-4, warmup_steps=2)),
     smoke={
         "start": Start(
             model=Model(source="glassllm-en", scalar_head=True),
@@ -263,9 +263,9 @@ EXPERIMENT = Study(
             dpo=bench.Training(num_steps=2, batch_size=4),
             ranking=bench.Training(num_steps=2, batch_size=4, optimizer=optim.Config(learning_rate=1e-3)),
         ),
-        "num_openings": 8,
+        "num_openings": 16,
         "num_seeds": 2,
-        "training": bench.Training(num_steps=4, batch_size=2),
+        "training": bench.Training(num_steps=4, batch_size=4),
     },
 )
 if __name__ == "__main__":
