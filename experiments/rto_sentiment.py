@@ -132,7 +132,15 @@ class Study(study.Study):
                 f"study: prompts_per_rollout {self.prompts_per_rollout} is not divisible by training.batch_size "
                 f"{self.training.batch_size}"
             )
-        checks.at_least(self.training, PARTS, "num_steps")
+        if self.num_rollouts < PARTS:
+            raise ValueError(
+                f"study: training.num_steps {self.training.num_steps} make {self.num_rollouts} rollouts, of which the "
+                f"reward is given in {PARTS} parts; use {PARTS * self.prompts_per_rollout // self.training.batch_size}"
+            )
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.training.num_steps * self.training.batch_size // self.prompts_per_rollout
 
     def measure(self, start: Stages, seed: int) -> dict[str, float]:
         openings = start.openings("train", self.start.num_pair_openings + self.num_openings)
@@ -163,7 +171,8 @@ class Study(study.Study):
             )
             *_, (params, _) = points = list(run)
             log = [metrics for _, metrics in points]
-            rewards = [metrics["reward"] for metrics in log]
+            by_rollout = log[:: len(log) // self.num_rollouts]  # whose numbers are the same in each of its updates
+            rewards = [metrics["reward"] for metrics in by_rollout]
             found |= {f"{name}: {key}": value for key, value in start.measured(params).items()}
             found[f"{name}: {LEARNING}"] = float(np.mean(rewards))
             for part, values in enumerate(np.array_split(rewards, PARTS), 1):
@@ -174,14 +183,13 @@ class Study(study.Study):
 
     @property
     def setting(self) -> str:
-        num_rollouts = self.training.num_steps * self.training.batch_size // self.prompts_per_rollout
         each = self.prompts_per_rollout * self.num_completions
         return (
             f"{self.start.model.source} continues openings of film reviews by up to "
             f"{self.start.max_completion_tokens} tokens; SFT; of {self.start.num_ranked} samples ranked by VADER, "
-            "DPO on best against worst and a reward model on all pairs, the same for all seeds. From that "
-            f"DPO policy PPO and RTO, {num_rollouts} rollouts of {each} completions, rewarded by the reward model; "
-            "seeds are of their rollouts and updates, and the judge is a classifier of reviews that taught nobody."
+            "DPO on best against worst and a reward model on all pairs, the same for all seeds. From that DPO policy "
+            f"PPO and RTO, {self.num_rollouts} rollouts of {each} completions, rewarded by the reward model; seeds are "
+            "of their rollouts and updates, and the judge is a classifier of reviews that taught nobody."
         )
 
     def claims(self) -> study.Claims:
@@ -265,7 +273,7 @@ EXPERIMENT = Study(
         ),
         "num_openings": 16,
         "num_seeds": 2,
-        "training": bench.Training(num_steps=4, batch_size=4),
+        "training": bench.Training(num_steps=4, batch_size=8),
     },
 )
 if __name__ == "__main__":

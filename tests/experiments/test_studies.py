@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vaderSentiment", reason="needs the extra 'rewards'")
 
-from experiments import frontier_glass, goals_glass, reward_hh, rto_sentiment
+from experiments import frontier_glass, goals_glass, registry, reward_hh, rto_sentiment
 from experiments.study import bench
 from pjpo import relabel
 from pjpo.data import preference
@@ -85,6 +85,8 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     assert start.before["DPO: kl"] > 0.01
     with pytest.raises(ValueError, match=r"prompts_per_rollout 5 is not divisible by training.batch_size 4"):
         dataclasses.replace(rto_sentiment.EXPERIMENT, prompts_per_rollout=5)
+    with pytest.raises(ValueError, match=r"training.num_steps 7 make 3 rollouts, .* in 4 parts; use 8"):
+        registry.override(rto_sentiment.EXPERIMENT, {"training.num_steps": 7})
 
 
 def test_pairs_that_are_too_long_for_the_model_are_refused(tmp_path):
