@@ -10,116 +10,25 @@ VADER, a classifier that no policy learned from, KL. Expect some 25 minutes on a
 """
 
 import dataclasses
-import functools
-import itertools
 from typing import ClassVar
 
-import jax
 import numpy as np
-from scipy import stats
 
-from experiments.study import bench, study
-from pjpo import checks, online, optim, rollouts
+from experiments.study import bench, stages, study
+from pjpo import online, optim
 from pjpo.data import reviews
 from pjpo.experiment import Model
-from pjpo.methods import dpo, reward_model, rto, sft
+from pjpo.methods import rto
 from pjpo.models import lora
-from pjpo.rewards import judge
-from pjpo.rewards.learned import Normalisation, RewardModel
-from pjpo.rewards.protocol import Rewards
-from pjpo.types import Batch
 
 PARTS = 4  # that the reward along a run is given in
 LEARNING = "reward model, while learning"
 
 
-@dataclasses.dataclass(frozen=True)
-class Stages(bench.Bench):
-    """What PPO and RTO begin from."""
-
-    sft: dict
-    dpo: dict
-    reward_model: RewardModel
-    normalisation: Normalisation  # over all samples that VADER ranked
-
-    def score(self, batch: Batch) -> np.ndarray:
-        """[B, N], by the reward model."""
-        scores = self.reward_model.scores(batch, self.tokenizer)
-        return (scores - self.normalisation.mean) / self.normalisation.std
-
-    def learned(self) -> Rewards:
-        """`score` as a reward of rollouts, on the very tokens that were sampled; `prompt_ids` is a column."""
-        width = self.config.max_completion_tokens
-
-        def learned(completions: list[str], *, prompt_ids: list, completion_ids: list) -> list[float]:
-            (prompts, prompt_mask), (tokens, mask) = rollouts.pad(prompt_ids), rollouts.pad(completion_ids, width)
-            batch = Batch.of(
-                prompt_tokens=prompts,
-                prompt_mask=prompt_mask,
-                completion_tokens=tokens[:, None],
-                completion_mask=mask[:, None],
-            )
-            return self.score(batch)[:, 0].tolist()
-
-        return Rewards(functions=(learned,), weights=(1.0,), timeout_seconds=600.0)  # it is compiled in the first call
-
-    def measured(self, params: dict) -> dict[str, float]:
-        """On held-out openings; KL to the SFT model."""
-        batch = self.held_out(params)
-        texts = list(itertools.chain(*rollouts.texts(batch, self.tokenizer)))
-        scores, gold = self.score(batch), self.rewards(batch)
-        return {
-            "judge": float(judge.of_reviews().reward(texts).mean()),
-            "reward model": float(scores.mean()),
-            "VADER": float(gold.mean()),
-            "rank correlation of these two": float(stats.spearmanr(scores.ravel(), gold.ravel()).statistic),
-            "kl": self.kl(batch, self.sft),
-        }
-
-    @functools.cached_property
-    def before(self) -> dict[str, float]:
-        """The numbers of the stages, by name: the same for all seeds."""
-        stages = {"SFT": self.sft, "DPO": self.dpo}
-        return {f"{name}: {key}": value for name in stages for key, value in self.measured(stages[name]).items()}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Start(bench.Config):
-    texts: reviews.Texts  # for SFT
-    sft: bench.Training
-    num_pair_openings: int = 128  # whose samples VADER ranks
-    num_ranked: int = 4  # samples of each: best against worst
-    dpo: bench.Training
-    beta: float = 0.1  # of DPO
-    ranking: bench.Training  # of the reward model
-
-    def __post_init__(self):
-        super().__post_init__()
-        checks.at_least(self, 1, "num_pair_openings")
-        checks.at_least(self, 2, "num_ranked")
-
-    def load(self) -> Stages:
-        begin = super().load()
-        texts = self.texts.build(begin).train
-        ((tuned, _),) = begin.fit(sft.loss, sft.Config(), texts, self.sft, seed=0, reference="none")
-        openings = begin.openings("train", self.num_pair_openings)
-        samples = begin.sample(tuned, openings, jax.random.key(1), self.num_ranked)
-        rewards = begin.rewards(samples)
-        pairs = bench.best_and_worst(openings, samples, rewards)
-        ((trained, _),) = begin.fit(dpo.loss, dpo.Config(beta=self.beta), pairs, self.dpo, seed=0, params=tuned)
-        pairs = bench.select(openings, samples, bench.games(rewards))
-        ((ranks, _),) = begin.fit(
-            reward_model.loss, reward_model.Config(), pairs, self.ranking, seed=0, params=tuned, reference="none"
-        )
-        ranker = RewardModel(begin.policy, ranks, begin.tokenizer)
-        scores = Normalisation.of(ranker.scores(samples, begin.tokenizer))
-        return Stages(**vars(begin), sft=tuned, dpo=trained, reward_model=ranker, normalisation=scores)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(study.Study):
     paper: ClassVar = "RTO, Zhong et al. 2024"
-    start: Start
+    start: stages.Config
     method: rto.Config  # PPO is its variant "ppo"
     num_openings: int = 64  # for rollouts, other ones than those of the pairs
     prompts_per_rollout: int = 8
@@ -127,27 +36,17 @@ class Study(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prompts_per_rollout % self.training.batch_size:
-            raise ValueError(
-                f"study: prompts_per_rollout {self.prompts_per_rollout} is not divisible by training.batch_size "
-                f"{self.training.batch_size}"
-            )
-        if self.num_rollouts < PARTS:
-            raise ValueError(
-                f"study: training.num_steps {self.training.num_steps} make {self.num_rollouts} rollouts, of which the "
-                f"reward is given in {PARTS} parts; use {PARTS * self.prompts_per_rollout // self.training.batch_size}"
-            )
+        num_prompts, size, num_steps = self.prompts_per_rollout, self.training.batch_size, self.training.num_steps
+        if num_prompts % size:
+            raise ValueError(f"study: prompts_per_rollout {num_prompts} is not divisible by training.batch_size {size}")
+        if num_steps < (least := PARTS * num_prompts // size):
+            raise ValueError(f"study: training.num_steps must be >= {least}, {PARTS} rollouts, got {num_steps}")
 
     @property
     def num_rollouts(self) -> int:
         return self.training.num_steps * self.training.batch_size // self.prompts_per_rollout
 
-    def measure(self, start: Stages, seed: int) -> dict[str, float]:
-        openings = start.openings("train", self.start.num_pair_openings + self.num_openings)
-        asked = [
-            dataclasses.replace(opening, columns={"prompt_ids": opening.prompt.tolist()})
-            for opening in openings[self.start.num_pair_openings :]
-        ]
+    def measure(self, start: stages.Stages, seed: int) -> dict[str, float]:
         config = online.Config(
             rewards=start.learned(),
             prompts_per_rollout=self.prompts_per_rollout,
@@ -155,20 +54,11 @@ class Study(study.Study):
             max_completion_tokens=start.config.max_completion_tokens,
             halvings=0,  # few completions, most of them cut: another size would have to be compiled for little
         )
+        policies = {"params": start.dpo, "ref_params": start.sft, "dpo_params": start.dpo}
+        prompts, every = start.prompts(self.num_openings), range(1, self.training.num_steps)
         found = dict(start.before)
         for name, method in (("PPO", dataclasses.replace(self.method, variant="ppo")), ("RTO", self.method)):
-            run = start.learn(
-                rto.loss,
-                method,
-                config,
-                asked,
-                self.training,
-                seed=seed,
-                params=start.dpo,
-                ref_params=start.sft,
-                dpo_params=start.dpo,
-                at=range(1, self.training.num_steps),
-            )
+            run = start.learn(rto.loss, method, config, prompts, self.training, seed=seed, at=every, **policies)
             *_, (params, _) = points = list(run)
             log = [metrics for _, metrics in points]
             by_rollout = log[:: len(log) // self.num_rollouts]  # whose numbers are the same in each of its updates
@@ -176,7 +66,7 @@ class Study(study.Study):
             found |= {f"{name}: {key}": value for key, value in start.measured(params).items()}
             found[f"{name}: {LEARNING}"] = float(np.mean(rewards))
             for part, values in enumerate(np.array_split(rewards, PARTS), 1):
-                found[f"{quarter(name, part)}: {LEARNING}"] = float(values.mean())
+                found[f"{name}, quarter {part}: {LEARNING}"] = float(values.mean())
             for key in ("dpo_logratios/mean", "dpo_logratios/clipped_ratio") if method.needs_dpo else ():
                 found[f"{name}: {key}"] = float(np.mean([metrics[key] for metrics in log]))
         return found
@@ -205,45 +95,27 @@ class Study(study.Study):
         }
 
     def panels(self) -> list[study.Panel]:
-        by_model = {
-            "judge": "probability of a favourable review",
-            "reward model": "its score, normalised",
-            "kl": "KL to SFT, nats a completion",
-        }
+        def panel(title: str, xlabel: str, ylabel: str, *points: tuple[str, str]) -> study.Panel:
+            curves = {name: [(x, number.format(name)) for x, number in points] for name in ("PPO", "RTO")}
+            return study.Panel(title=title, xlabel=xlabel, ylabel=ylabel, curves=curves)
+
+        def held_out(key: str, ylabel: str) -> study.Panel:
+            points = [(x, f"{at}: {key}") for x, at in (("SFT", "SFT"), ("DPO", "DPO"), ("then", "{}"))]
+            return panel(f"Held-out openings: {key}", "policy", ylabel, *points)
+
+        parts = [(str(part), f"{{}}, quarter {part}: {LEARNING}") for part in range(1, PARTS + 1)]
         return [
-            study.Panel(
-                title="While learning",
-                xlabel="quarter of the run",
-                ylabel="reward model, rollouts",
-                curves={
-                    name: [(str(part), f"{quarter(name, part)}: {LEARNING}") for part in range(1, PARTS + 1)]
-                    for name in ("PPO", "RTO")
-                },
-            ),
-            *(
-                study.Panel(
-                    title=f"Held-out openings: {key}",
-                    xlabel="policy",
-                    ylabel=ylabel,
-                    curves={
-                        f"then {name}": [
-                            (x, f"{at}: {key}") for x, at in (("SFT", "SFT"), ("DPO", "DPO"), ("then", name))
-                        ]
-                        for name in ("PPO", "RTO")
-                    },
-                )
-                for key, ylabel in by_model.items()
-            ),
+            panel("While learning", "quarter of the run", "reward model, rollouts", *parts),
+            held_out("judge", "probability of a favourable review"),
+            held_out("reward model", "its score, normalised"),
+            held_out("kl", "KL to SFT, nats a completion"),
         ]
 
 
-def quarter(name: str, part: int) -> str:
-    return f"{name}, quarter {part}"
-
-
 STEPS = optim.Config(learning_rate=5e-4, warmup_steps=4, schedule="linear")
+RANKING = dataclasses.replace(STEPS, critic_learning_rate=2e-3)
 EXPERIMENT = Study(
-    start=Start(
+    start=stages.Config(
         # The published weights are bfloat16, so nothing is lost by keeping them so.
         model=Model(source="smollm2-135m-instruct", param_dtype="bfloat16", lora=lora.Config(rank=8), scalar_head=True),
         num_held_out=48,
@@ -252,15 +124,13 @@ EXPERIMENT = Study(
         texts=reviews.Texts(num_reviews=288, num_held_out=0, max_completion_tokens=16),
         sft=bench.Training(num_steps=24, batch_size=12, optimizer=STEPS),
         dpo=bench.Training(num_steps=28, batch_size=8, optimizer=STEPS),
-        ranking=bench.Training(
-            num_steps=56, batch_size=8, optimizer=dataclasses.replace(STEPS, critic_learning_rate=2e-3)
-        ),
+        ranking=bench.Training(num_steps=56, batch_size=8, optimizer=RANKING),
     ),
     method=rto.Config(),
     num_seeds=3,
     training=bench.Training(num_steps=18, batch_size=4, optimizer=optim.Config(learning_rate=5e-4, warmup_steps=2)),
     smoke={
-        "start": Start(
+        "start": stages.Config(
             model=Model(source="glassllm-en", scalar_head=True),
             num_held_out=8,
             max_completion_tokens=8,
@@ -271,7 +141,6 @@ EXPERIMENT = Study(
             dpo=bench.Training(num_steps=2, batch_size=4),
             ranking=bench.Training(num_steps=2, batch_size=4, optimizer=optim.Config(learning_rate=1e-3)),
         ),
-        "num_openings": 16,
         "num_seeds": 2,
         "training": bench.Training(num_steps=4, batch_size=8),
     },

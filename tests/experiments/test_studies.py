@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vaderSentiment", reason="needs the extra 'rewards'")
 
 from experiments import frontier_glass, goals_glass, registry, reward_hh, rto_sentiment
-from experiments.study import bench
+from experiments.study import bench, stages
 from pjpo import relabel
 from pjpo.data import preference
 from pjpo.experiment import Model
@@ -66,7 +66,7 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     begin = bench.Config(model=model, num_held_out=6, num_completions=2, max_completion_tokens=8).load()
     drawn = np.random.default_rng(0).normal(size=begin.policy.config.model_dim).astype(np.float32)
     params = begin.params | {"scalar_head": {"kernel": jax.numpy.asarray(drawn)}}
-    start = rto_sentiment.Stages(
+    start = stages.Stages(
         **vars(begin),
         sft=begin.params,
         dpo=jax.tree.map(lambda x: 1.05 * x, begin.params),
@@ -75,7 +75,7 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     )
     batch, openings = start.held_out(start.params), start.openings("held_out", 6)
     asked = [dataclasses.replace(row, columns={"prompt_ids": row.prompt.tolist()}) for row in openings]
-    scores = begin.policy.scores(params, batch)
+    scores = np.asarray(begin.policy.scores(params, batch))
     np.testing.assert_allclose(
         start.learned().of_samples(batch, asked, start.tokenizer).total, (scores - 1) / 2, atol=1e-4
     )
@@ -85,7 +85,7 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     assert start.before["DPO: kl"] > 0.01
     with pytest.raises(ValueError, match=r"prompts_per_rollout 5 is not divisible by training.batch_size 4"):
         dataclasses.replace(rto_sentiment.EXPERIMENT, prompts_per_rollout=5)
-    with pytest.raises(ValueError, match=r"training.num_steps 7 make 3 rollouts, .* in 4 parts; use 8"):
+    with pytest.raises(ValueError, match=r"training.num_steps must be >= 8, 4 rollouts, got 7"):
         registry.override(rto_sentiment.EXPERIMENT, {"training.num_steps": 7})
 
 
