@@ -157,9 +157,6 @@ class Bench:
             As `fit` does; the metrics are the rollout's too.
         """
         mesh = sharding.make_mesh()
-        kind = "stored" if config.reads_reference(method) else "none"
-        update, optimizer = _update(loss, method, self.policy, training, kind)
-        state = step.init_state(self.policy, params, optimizer, jax.random.key(seed), mesh)
         batches = online.Rollouts(
             config,
             method,
@@ -169,11 +166,16 @@ class Bench:
             batch_size=training.batch_size,
             seed=seed,
             scored_together=config.prompts_per_rollout,
-        ).start(
+        )
+        policy = batches.policy  # at the temperature
+        kind = "stored" if config.reads_reference(method) else "none"
+        update, optimizer = _update(loss, method, policy, training, kind)
+        state = step.init_state(policy, params, optimizer, jax.random.key(seed), mesh)
+        batches.start(
             lambda state: ref_params,
             lambda batch: sharding.place_batch(batch, mesh),
             lambda number, rows: None,
-            functools.partial(self.policy.logps, dpo_params),
+            functools.partial(policy.logps, dpo_params),
         )
         update = batches.timed(update)
         yield from _looks(state, lambda state: update(state, None, batches.next(state)), training, at)
