@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import jax
 import numpy as np
 import tyro
 
@@ -22,6 +23,7 @@ from experiments.study import bench, study
 from pjpo import models, optim, pairs
 from pjpo.data import preference
 from pjpo.data.batches import in_order
+from pjpo.data.buckets import collate
 from pjpo.data.examples import Example, Examples, hold_out
 from pjpo.experiment import Model
 from pjpo.logps import sum_completion
@@ -67,14 +69,8 @@ class Start:
         rows, *shifted = ((Path(path).name, data.train) for path, data in found.items())
         start = bench.Config(model=self.model).load()
         every = [example for _, rows in (rows, *shifted) for example in rows]
-        width = max(len(example.prompt) for example in every)
-        length = max(len(completion) for example in every for completion in example.completions)
-        if width + length > start.policy.config.max_positions:
-            raise ValueError(
-                f"prompts of up to {width} and completions of up to {length} tokens exceed the "
-                f"{start.policy.config.max_positions} positions of {self.model.source}; lower data.max_prompt_tokens "
-                "or data.max_completion_tokens"
-            )
+        # What is too long for the model is refused here, before any training.
+        jax.eval_shape(start.policy.logps, start.params, collate(every[:1], bench.buckets_of(every)))
         return Pairs(start.config, start.policy, start.params, start.tokenizer, rows[1], dict(shifted))
 
 
@@ -119,14 +115,8 @@ class Study(study.Study):
 
     def panels(self) -> list[study.Panel]:
         sets = [SEEN, HELD_OUT, *(Path(path).name for path in self.start.shifted)]
-        return [
-            study.Panel(
-                title="Pairs told rightly",
-                xlabel="pairs",
-                ylabel="share",
-                curves={name: [(of, f"{name}: {of}") for of in sets] for name in (EXPLICIT, IMPLICIT, LENGTH)},
-            )
-        ]
+        curves = {name: [(of, f"{name}: {of}") for of in sets] for name in (EXPLICIT, IMPLICIT, LENGTH)}
+        return [study.Panel(title="Pairs told rightly", xlabel="pairs", ylabel="share", curves=curves)]
 
 
 def accuracy(margins: np.ndarray) -> float:

@@ -143,3 +143,5 @@ def test_masked_sums_and_means():
     mask = jnp.array([[[True, True, False], [False, True, True]], [[False] * 3, [True] * 3]])
     np.testing.assert_array_equal(sum_completion(values, mask), [[3, 12], [0, 12]])
     np.testing.assert_array_equal(mean_completion(values, mask), [[1.5, 6], [0, 4]])
+    of_one = mask.at[:, :, 1].set(False).at[1, 1, 0].set(False)
+    np.testing.assert_array_equal(mean_completion(values, of_one), [[1, 7], [0, 5]])
