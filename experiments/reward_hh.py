@@ -77,10 +77,14 @@ class Start:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(study.Study):
     paper: ClassVar = "Limited Generalization of the Implicit Reward, Lin et al. 2024"
-    setting: ClassVar = "Share of pairs told rightly by DPO's implicit reward and by a reward model of the same pairs."
     start: Annotated[Start, tyro.conf.arg(name="")]
     beta: float = 0.1  # of DPO
     num_asked: int = 256  # pairs of each kind, at most
+
+    @property
+    def setting(self) -> str:
+        source, name = self.start.model.source, Path(self.start.data.path).name
+        return f"Pairs told rightly by DPO's implicit reward and by a reward model, both of {source} and `{name}`."
 
     def measure(self, start: Pairs, seed: int) -> dict[str, float]:
         prompts = [example.prompt.tobytes() for example in start.pairs]
@@ -102,15 +106,11 @@ class Study(study.Study):
 
     def claims(self) -> study.Claims:
         explicit, implicit = (f"{name}: {HELD_OUT}" for name in (EXPLICIT, IMPLICIT))
-        claims = {
-            "in distribution the two tell pairs alike, to 5 points": (
-                study.Above(explicit, implicit, by=-0.05),
-                study.Above(implicit, explicit, by=-0.05),
-            )
-        }
+        alike = (study.Above(explicit, implicit, by=-0.05), study.Above(implicit, explicit, by=-0.05))
+        claims = {"in distribution the two tell pairs alike, to 5 points": alike}
         if self.start.shifted:
-            checks = (study.Above(f"{EXPLICIT}: {SHIFTED}", f"{IMPLICIT}: {SHIFTED}"),)
-            claims["out of distribution the explicit reward model tells more pairs"] = checks
+            more = study.Above(f"{EXPLICIT}: {SHIFTED}", f"{IMPLICIT}: {SHIFTED}")
+            claims["out of distribution the explicit reward model tells more pairs"] = (more,)
         return claims
 
     def panels(self) -> list[study.Panel]:
