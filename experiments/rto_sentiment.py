@@ -117,7 +117,7 @@ STEPS = optim.Config(learning_rate=5e-4, warmup_steps=4, schedule="linear")
 RANKING = dataclasses.replace(STEPS, critic_learning_rate=2e-3)
 EXPERIMENT = Study(
     start=stages.Config(
-        # The published weights are bfloat16, so nothing is lost by keeping them so.
+        # Rounded to bfloat16, which decoding reads faster; see `grpo_arithmetic`.
         model=Model(source="smollm2-135m-instruct", param_dtype="bfloat16", lora=lora.Config(rank=8), scalar_head=True),
         num_held_out=48,
         max_completion_tokens=16,
