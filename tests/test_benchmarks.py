@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 
-from benchmarks import bench
+from benchmarks import bench, refilling
 
 MODEL = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 32, "vocab": 64}
 MODEL |= {"rope_theta": 1e4, "norm_eps": 1e-5, "tied": True, "max_pos": 256}
@@ -59,3 +59,17 @@ def test_a_size_s_speed_is_of_its_own_tokens(monkeypatch):
     found = bench.sizes(bench.Bench(spec, JOBS["gen_sizes"], MODEL, types.SimpleNamespace(**options)))
     speeds = {name: facts["tokens_per_s"] for name, facts in found.items()}
     assert speeds == {"1 x 2": 2, "1 x 5": 5, "3 x 2": 6, "3 x 5": 15}
+
+
+@pytest.mark.parametrize(
+    ("rows", "halvings", "steps"), [(3, 0, 3 * 3), (3, 1, 3 + 2), (2, 0, 2 + 3 * 2), (2, 1, 2 + 3)]
+)
+def test_refilled_rows_cost_their_number_at_every_step(rows, halvings, steps):
+    assert refilling.seconds([3, 1, 1], rows, halvings, ([1, 4], [1.0, 4.0])) == steps
+
+
+def test_refilling_reads_what_steps_cost():
+    variants = {f"{rows} x {new}": {"step_s": [1e9, rows * new / 2, 0.0]} for rows in (16, 4) for new in (32, 64)}
+    assert refilling.step_costs(variants, 64) == ([4, 16], [2.0, 8.0])
+    with pytest.raises(SystemExit, match="costs of completions of 128 tokens at two sizes or more are needed"):
+        refilling.step_costs(variants, 128)
