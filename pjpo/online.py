@@ -333,9 +333,8 @@ class Rollouts:
         asked = _of_these(self.method, offered)
         whole = jax.device_get(self._advantages(_filled(batch, num_rows), **asked))
         if hasattr(self.method, "adapted") and batch.ref_logps is not None and len(truncated):
-            kl = np.where(batch.loss_mask, np.asarray(batch.old_logps) - batch.ref_logps, 0).sum(
-                -1
-            )  # of each completion
+            drift = np.asarray(batch.old_logps) - batch.ref_logps
+            kl = np.where(batch.loss_mask, drift, 0).sum(-1)  # of each completion
             self._beta = float(self.method.adapted(self._beta, float(kl.mean()), kl.size))
         return whole
 
