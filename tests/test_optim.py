@@ -1,10 +1,12 @@
 """Schedules and optimizers by hand, and settings refused by name."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pjpo import optim
@@ -131,6 +133,10 @@ def test_moments_are_those_of_the_trained_leaves():
         *[({"beta1": value}, rf"beta1 must be in \[0, 1\), got {value}") for value in (-0.1, 1.0, math.nan)],
         *[({"beta2": value}, rf"beta2 must be in \[0, 1\), got {value}") for value in (-0.1, 1.0, math.nan)],
         *[({"epsilon": value}, f"epsilon must be > 0.*, got {value}") for value in (0.0, -1e-8, math.nan, math.inf)],
+        *[
+            ({"critic_learning_rate": value}, f"critic_learning_rate must be > 0 and finite, or None, got {value}")
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ],
         ({"weight_decay": 0.1, "name": "sgd"}, "weight_decay is adamw's, sgd has none; set it to 0"),
     ],
 )
@@ -138,3 +144,35 @@ def test_moments_are_those_of_the_trained_leaves():
 def test_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=f"^optimizer: {message}"):
         optim.Config(**{"learning_rate": 1.0} | settings)
+
+
+def test_what_is_left_unsaid_is_optaxs_adamw_at_a_constant_rate():
+    small = jax.tree.map(lambda x: 1e-8 * x, GRADS)  # where epsilon counts
+    rules = optim.make_optimizer(optim.Config(learning_rate=0.1), lambda _: 0.1), optax.adamw(0.1, weight_decay=0)
+    update, expected = (rule.update(small, rule.init(PARAMS), PARAMS)[0] for rule in rules)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), update, expected)
+    assert float(optim.make_schedule(optim.Config(learning_rate=0.1, schedule="linear"), 2)(1)) == pytest.approx(0.05)
+
+
+def test_settings_at_the_edge_of_what_is_allowed():
+    for settings in ({"beta1": 0.0}, {"beta2": 0.0}, {"critic_learning_rate": 1e-9}, {"critic_learning_rate": 1.0}):
+        assert np.isfinite(updates(**settings)).all()
+
+
+def test_scales_are_spared_at_any_depth():
+    leaves = {"scale": 1, "kernel": 2}
+    assert optim.decays({"layers": {"norm": leaves}, "scale": leaves}) == {
+        "layers": {"norm": {"scale": False, "kernel": True}},
+        "scale": {"scale": False, "kernel": True},
+    }
+
+
+def test_the_critic_follows_the_schedule_at_its_own_rate():
+    config = optim.Config(name="sgd", beta1=0.0, learning_rate=0.2, critic_learning_rate=0.5, max_grad_norm=math.inf)
+    optimizer = optim.make_optimizer(config, lambda at: jnp.where(at == 0, 0.2, 0.1))
+    params = {"rest": {"kernel": jnp.ones(1)}, "critic": {"kernel": jnp.ones(1)}}
+    state, found = optimizer.init(params), []
+    for _ in range(2):
+        update, state = optimizer.update(params, state, params)
+        found.append([float(update[part]["kernel"][0]) for part in ("rest", "critic")])
+    np.testing.assert_allclose(found, [[-0.2, -0.5], [-0.1, -0.25]], rtol=1e-6)
