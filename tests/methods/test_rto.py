@@ -110,10 +110,10 @@ def test_the_log_says_how_the_dpo_policy_rewards_and_how_much_is_clipped():
     batch = Batch.of(
         completion_tokens=np.zeros((1, 2, 4), np.int32), completion_mask=mask, ref_logps=np.zeros((1, 2, 4))
     )
-    logratios = np.array([[[0.4, -3.0, 2.0, 9.0], [0.1, 3.0, 9.0, 9.0]]])  # weighted 0.02, -0.15, 0.1; 0.005, 0.15
+    logratios = np.array([[[0.4, -3.0, 2.0, 9.0], [3.0, 1.0, 9.0, 9.0]]])  # weighted 0.02, -0.15, 0.1; 0.15, 0.05
     found = rto.Config().rollout_metrics(batch, logratios)
     assert {name: float(mean.value()) for name, mean in found.items()} == pytest.approx(
-        {"dpo_logratios/mean": 0.5, "dpo_logratios/clipped_ratio": 0.6}
+        {"dpo_logratios/mean": 0.68, "dpo_logratios/clipped_ratio": 0.6}
     )
     free = rto.Config(dpo_clip=None).rollout_metrics(batch, logratios)
     assert free["dpo_logratios/clipped_ratio"].value() == 0
