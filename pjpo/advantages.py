@@ -10,6 +10,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 Std = Literal["group", "batch", "none"]
@@ -17,13 +19,13 @@ STDS = ("group", "batch", "none")
 
 
 def group_relative(
-    rewards: Float[Array, "B N"],
-    mask: Bool[Array, "B N"] | None = None,
+    rewards: Float[Array, "*rows N"],
+    mask: Bool[Array, "*rows N"] | None = None,
     *,
     std: Std = "group",
     ddof: int = 1,
     eps: float | int = 1e-4,
-) -> Float[Array, "B N"]:
+) -> Float[Array, "*rows N"]:
     """Each reward less the mean of its prompt's, over a standard deviation. Shao et al. 2024, arXiv:2402.03300, 4.1.2.
 
     A prompt whose rewards are all equal has advantages of exactly zero.
@@ -40,7 +42,7 @@ def group_relative(
     """
     if std not in STDS:
         raise ValueError(f"group_relative: std must be one of {', '.join(STDS)}, got {std!r}")
-    rewards, mask = jnp.asarray(rewards), _everything(rewards) if mask is None else mask
+    rewards, mask = jnp.asarray(rewards), _mask_of(rewards, mask)
     centred = _centred(rewards, mask, "group_relative")
     if std == "none":
         return centred
@@ -48,13 +50,15 @@ def group_relative(
     return centred / jnp.where(scale > 0, scale, 1)
 
 
-def leave_one_out(rewards: Float[Array, "B N"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B N"]:
+def leave_one_out(
+    rewards: Float[Array, "*rows N"], mask: Bool[Array, "*rows N"] | None = None
+) -> Float[Array, "*rows N"]:
     """Each reward less the mean of its prompt's others. RLOO, Ahmadian et al. 2024, arXiv:2402.14740, Eq. 7.
 
     Raises:
         ValueError: one completion for each prompt, which has no others.
     """
-    rewards, mask = jnp.asarray(rewards), _everything(rewards) if mask is None else mask
+    rewards, mask = jnp.asarray(rewards), _mask_of(rewards, mask)
     count = mask.sum(-1, keepdims=True).astype(rewards.dtype)
     return _centred(rewards, mask, "leave_one_out") * count / jnp.maximum(count - 1, 1)
 
@@ -63,7 +67,6 @@ def gae(
     rewards: Float[Array, "*rows T"],
     values: Float[Array, "*rows T"],
     mask: Bool[Array, "*rows T"],
-    *,
     gamma: float | int = 1.0,
     lam: float | int = 0.95,
 ) -> tuple[Float[Array, "*rows T"], Float[Array, "*rows T"]]:
@@ -86,6 +89,7 @@ def gae(
         here = jnp.where(own, value, next_value), jnp.where(own, advantage, next_advantage)
         return here, advantage
 
+    rewards, values, mask = jnp.asarray(rewards), jnp.asarray(values), _mask_of(rewards, mask)
     tokens_first = [jnp.moveaxis(x, -1, 0) for x in (rewards, values, mask)]
     end = jnp.zeros_like(tokens_first[1][0])
     _, advantages = jax.lax.scan(back, (end, end), tuple(tokens_first), reverse=True)
@@ -94,13 +98,14 @@ def gae(
 
 
 def reinforce_pp(
-    rewards: Float[Array, "*rows T"], mask: Bool[Array, "*rows T"], *, gamma: float | int = 1.0
+    rewards: Float[Array, "*rows T"], mask: Bool[Array, "*rows T"], gamma: float | int = 1.0
 ) -> tuple[Float[Array, "*rows T"], Float[Array, "*rows T"]]:
     """REINFORCE++, Hu 2025, arXiv:2501.03262: the sum of each token's own and later rewards, whitened.
 
     Returns:
         (advantages, returns); 0 where `mask` is false.
     """
+    rewards = jnp.asarray(rewards)
     returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     return whiten(returns, mask), returns
 
@@ -111,6 +116,7 @@ def reinforce_pp_baseline(rewards: Float[Array, "B N"], mask: Bool[Array, "B N T
     Raises:
         ValueError: one completion for each prompt.
     """
+    mask = jnp.asarray(mask, bool)
     centred = _centred(jnp.asarray(rewards), mask.any(-1), "reinforce_pp_baseline")
     return whiten(jnp.broadcast_to(centred[..., None], mask.shape), mask)
 
@@ -119,21 +125,23 @@ def whiten(
     values: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, eps: float | int = 1e-8
 ) -> Float[Array, "*shape"]:
     """Less the mean, over the standard deviation (n - 1; `eps` is added to the variance); 0 where `mask` is false."""
+    values, mask = jnp.asarray(values), _mask_of(values, mask)
     scaled = (values - _mean(values, mask)) / jnp.sqrt(_variance(values, mask) + eps)
     return jnp.where(mask, scaled, 0)
 
 
 def at_last(scores: Float[Array, "*rows"], mask: Bool[Array, "*rows T"]) -> Float[Array, "*rows T"]:
     """The score of a completion as a reward of its last token; 0 elsewhere."""
-    return jnp.where(last(mask), scores[..., None], 0)
+    return jnp.where(last(mask), jnp.asarray(scores)[..., None], 0)
 
 
 def last(mask: Bool[Array, "*rows T"]) -> Bool[Array, "*rows T"]:
     """True at the last token of each row where `mask` is true."""
+    mask = jnp.asarray(mask, bool)
     return mask & (jnp.cumsum(mask[..., ::-1], axis=-1)[..., ::-1] == 1)
 
 
-def mixed(rewards: Float[Array, "B N"], mask: Bool[Array, "B N"]) -> Bool[Array, " B"]:
+def mixed(rewards: Float[Array, "*rows N"], mask: Bool[Array, "*rows N"]) -> Bool[Array, "*rows"]:
     """Prompts whose rewards differ; the others teach a group-relative method nothing."""
     largest = jnp.where(mask, rewards, -jnp.inf).max(-1)
     return largest > jnp.where(mask, rewards, jnp.inf).min(-1)
@@ -146,11 +154,11 @@ def _centred(rewards: Array, mask: Array, name: str) -> Array:
             "sample more of each prompt, or use reinforce_pp, whose baseline is the batch"
         )
     # The mean of equal numbers can differ from them by rounding, which a small deviation would blow up.
-    return jnp.where(mask & mixed(rewards, mask)[:, None], rewards - _mean(rewards, mask, axis=-1), 0)
+    return jnp.where(mask & mixed(rewards, mask)[..., None], rewards - _mean(rewards, mask, axis=-1), 0)
 
 
-def _everything(values: Array) -> Array:
-    return jnp.ones(jnp.shape(values), bool)
+def _mask_of(values: ArrayLike, mask: ArrayLike | None) -> Array:
+    return jnp.ones(np.shape(values), bool) if mask is None else jnp.asarray(mask, bool)
 
 
 def _mean(values: Array, mask: Array, axis: int | None = None) -> Array:

@@ -14,12 +14,12 @@ Estimator = Literal["k1", "k2", "k3"]
 
 def k1(logps: Float[Array, "*shape"], ref_logps: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The log-ratio; nats, of either sign."""
-    return logps - ref_logps
+    return jnp.subtract(logps, ref_logps)
 
 
 def k2(logps: Float[Array, "*shape"], ref_logps: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Half the squared log-ratio; nats, not negative."""
-    return 0.5 * jnp.square(logps - ref_logps)
+    return 0.5 * jnp.square(k1(logps, ref_logps))
 
 
 def k3(logps: Float[Array, "*shape"], ref_logps: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -27,7 +27,7 @@ def k3(logps: Float[Array, "*shape"], ref_logps: Float[Array, "*shape"]) -> Floa
 
     A token that the reference holds for more than e^20 times likelier counts as e^20 times, to stay finite.
     """
-    logratios = jnp.maximum(logps - ref_logps, -20)
+    logratios = jnp.maximum(k1(logps, ref_logps), -20)
     return jnp.expm1(-logratios) + logratios
 
 

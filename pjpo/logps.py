@@ -31,6 +31,19 @@ def mean_completion(values: Float[Array, "B N T"], mask: Mask) -> Float[Array, "
     return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1).astype(values.dtype)
 
 
+def log_ratios(logps: Float[Array, "B N T"], ref_logps: Float[Array, "B N T"] | None) -> Float[Array, "B N T"]:
+    """log(policy / reference) of each token, nats; the reference is a constant to the gradient.
+
+    Raises:
+        ValueError: no reference.
+    """
+    if ref_logps is None:
+        raise ValueError(
+            "log-ratios need the log-probs of the reference, but ref_logps is None; score the batch under it"
+        )
+    return logps - jax.lax.stop_gradient(ref_logps)
+
+
 def soft_cap(logits: Float[Array, "*rows V"], cap: float | None) -> Float[Array, "*rows V"]:
     """cap * tanh(logits / cap), which stays within -cap and cap; the logits as they are where there is no cap."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)

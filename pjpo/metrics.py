@@ -25,6 +25,7 @@ class Mean:
             values = values.astype(jnp.float32)
         if mask is None:
             return cls(values.sum(), jnp.asarray(values.size, values.dtype))
+        mask = jnp.asarray(mask)
         assert mask.shape == values.shape, f"mask {mask.shape} does not fit values {values.shape}"
         return cls(jnp.where(mask, values, 0).sum(), mask.sum().astype(values.dtype))
 

@@ -28,9 +28,7 @@ def mismatched(batch: Batch) -> Batch:
     if batch.labels is None:
         raise ValueError("kto: the batch has no labels; give each completion one, true where it is desirable")
     labels = np.asarray(batch.labels)
-    unknown = sorted(set(labels.reshape(-1).tolist()) - {0, 1})
-    if unknown:
-        raise ValueError(f"kto: labels must be true (desirable) or false, got {', '.join(map(repr, unknown[:5]))}")
+    check_labels(labels)
     real = np.flatnonzero(np.asarray(batch.completion_mask).any((1, 2)))
     if real.size < 2:
         raise ValueError(
@@ -51,3 +49,13 @@ def mismatched(batch: Batch) -> Batch:
         labels=np.repeat(labels.astype(bool), 2, axis=1),
         **dict.fromkeys(("rewards", "advantages", "old_logps", "values")),
     )
+
+
+def check_labels(labels: np.ndarray) -> None:
+    """
+    Raises:
+        ValueError: labels that are neither true nor false.
+    """
+    unknown = sorted(set(labels.reshape(-1).tolist()) - {0, 1})
+    if unknown:
+        raise ValueError(f"kto: labels must be true (desirable) or false, got {', '.join(map(repr, unknown[:5]))}")

@@ -307,7 +307,7 @@ class Rollouts:
             scored = scored.take(~scored.equal).best_and_worst()
         batch, dpo_logps = self._with_logps(self._cut(scored.batch), state)
         logps, sampled = np.asarray(batch.old_logps), np.asarray(scored.batch.old_logps)
-        differences = np.abs(logps - sampled[:, :, : logps.shape[2]])
+        differences = logps - sampled[:, :, : logps.shape[2]]
         whole = self._with_advantages(batch, scored.truncated, dpo_logps)
         clock("time/score")
         of_method = {}

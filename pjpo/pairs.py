@@ -1,10 +1,9 @@
 """What methods on pairs share: which pairs count, implicit rewards, margins, and TRL's metrics of them."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pjpo.logps import sum_completion
+from pjpo.logps import log_ratios, sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import CHOSEN, REJECTED, Batch
 
@@ -18,7 +17,7 @@ def implicit_rewards(
     beta: float | int, batch: Batch, logps: Float[Array, "B N T"], ref_logps: Float[Array, "B N T"]
 ) -> Float[Array, "B N"]:
     """beta * log(policy / reference) of whole completions, nats. Rafailov et al. 2023, Eq. 5 less its partition."""
-    return beta * sum_completion(logps - jax.lax.stop_gradient(ref_logps), batch.loss_mask)
+    return beta * sum_completion(log_ratios(logps, ref_logps), batch.loss_mask)
 
 
 def margins(values: Float[Array, "B N"]) -> Float[Array, " B"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     Args:
         scored: all that was sampled, groups that were left out included.
         batch: what is trained on, with `old_logps` and, if there is a reference, `ref_logps`.
-        differences: between the log-probs of trainer and sampler, [B, N, T]; nats.
+        differences: log-probs of the trainer less those of the sampler, [B, N, T]; nats.
     """
     totals = np.asarray(scored.batch.rewards, np.float64)
     lengths = np.asarray(scored.batch.completion_mask).sum(-1)
@@ -80,10 +80,12 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
         "reward_std": _mean(_stds(totals)),
         "frac_reward_zero_std": _mean(scored.equal),
         "completions/mean_length": _mean(lengths),
-        "completions/min_length": _mean([lengths.min()]),
-        "completions/max_length": _mean([lengths.max()]),
+        "completions/min_length": _extreme(lengths, np.min),
+        "completions/max_length": _extreme(lengths, np.max),
         "completions/clipped_ratio": _mean(scored.truncated),
         "completions/mean_terminated_length": _mean(lengths, ended),
+        "completions/min_terminated_length": _extreme(lengths[ended], np.min),
+        "completions/max_terminated_length": _extreme(lengths[ended], np.max),
     }
     for name, values in scored.rewards.items():
         here = np.isfinite(values)
@@ -91,9 +93,12 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
         found[f"rewards/{name}/std"] = _mean([values[here].std(ddof=1)] if here.sum() > 1 else [])
     found["rewards/failures"] = _mean([len(scored.failures)])
     mask = np.asarray(batch.completion_mask)
-    differences = differences[mask]
-    found["sampling/sampling_logp_difference/mean"] = _mean(differences)
-    found["sampling/sampling_logp_difference/max"] = _mean([differences.max(initial=0)])
+    apart, ratios = np.abs(differences[mask]), np.exp(differences[mask])
+    found["sampling/sampling_logp_difference/mean"] = _mean(apart)
+    found["sampling/sampling_logp_difference/max"] = _extreme(apart, np.max)
+    found["sampling/importance_sampling_ratio/min"] = _extreme(ratios, np.min)
+    found["sampling/importance_sampling_ratio/mean"] = _mean(ratios)
+    found["sampling/importance_sampling_ratio/max"] = _extreme(ratios, np.max)
     if mask.shape[1] < lengths.shape[1]:  # a choice by reward is no sample of the policy
         return found
     logps = np.asarray(batch.old_logps)
@@ -138,6 +143,10 @@ def _stds(rewards: np.ndarray) -> list[float]:
 
 def _rounded(value: Any) -> float:
     return round(float(value), 4)
+
+
+def _extreme(values: np.ndarray, which: Callable) -> Mean:
+    return _mean([which(values)] if values.size else [])
 
 
 def _mean(values: Any, mask: np.ndarray | None = None) -> Mean:

@@ -90,6 +90,8 @@ def generate(policy, params: dict, prompts: Prompts | tuple, key: Array, samplin
     beyond = [token for token in sampling.stop_tokens if token >= policy.config.vocab_size]
     if beyond:
         raise ValueError(f"sampling: stop_tokens {beyond} are outside the vocabulary of {policy.config.vocab_size}")
+    if jnp.issubdtype(key.dtype, jnp.integer):  # as jax.random.PRNGKey makes them
+        key = jax.random.wrap_key_data(key)
     keys = sequence_keys(key, len(tokens), sampling.num_completions) if key.ndim == 0 else key
     if keys.shape != (len(tokens), sampling.num_completions):
         raise ValueError(

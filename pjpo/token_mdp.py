@@ -36,12 +36,14 @@ def solve(rewards: Mapping[State, np.ndarray], ref: Mapping[State, np.ndarray], 
         beta: pull to the reference.
 
     Raises:
-        ValueError: a beta that is not positive, or states that differ.
+        ValueError: a beta that is not positive, states that differ, or one that is no tuple of the tokens so far.
     """
     if not beta > 0:
         raise ValueError(f"token MDP: beta must be > 0, got {beta}")
     if rewards.keys() != ref.keys():
         raise ValueError(f"token MDP: rewards and reference differ in states {sorted(rewards.keys() ^ ref.keys())}")
+    if wrong := [state for state in rewards if not isinstance(state, tuple)]:
+        raise ValueError(f"token MDP: a state is the tuple of its tokens, () at the start, got {wrong[0]!r}")
     q, v, policy, advantages = {}, {}, {}, {}
     for state in sorted(rewards, key=len, reverse=True):
         log_ref = np.log(ref[state])

@@ -88,12 +88,13 @@ class Batch:
 
 
 def _as_array(name: str, value: Any) -> Any:
-    """Lists to an array of the field's dtype; what is no list as it is."""
+    """Lists to an array of the field's dtype, masks of numbers to booleans; what else is an array as it is."""
+    is_mask = name.endswith("_mask")
     if not isinstance(value, list | tuple):
-        return value
-    dtype = np.int32 if name.endswith("_tokens") else bool if name.endswith("_mask") else None
+        return value.astype(bool) if is_mask and value.dtype != bool else value
+    dtype = np.int32 if name.endswith("_tokens") else bool if is_mask else None
     try:
         array = np.array(value, dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} makes no array ({error}); pad lists to one length, and mask the padding") from None
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))  # float32, and float64 under x64

@@ -1,5 +1,6 @@
 """Advantages against published values, and what they promise about masks, equal rewards and groups of one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -146,3 +147,19 @@ def test_shares_of_useful_groups():
         rewards = jnp.asarray(rng.random((100_000, 8)) < rate, jnp.float32)
         found = adv.mixed(rewards, jnp.ones(rewards.shape, bool)).mean()
         np.testing.assert_allclose(found, share, atol=6e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_masks_of_numbers_and_one_group_will_do():
+    rewards, values, mask = [[1.0, 2.0, 4.0]], [[0.5, 0.25, 9.0]], [[1.0, 1.0, 0.0]]
+    arrays = np.float32(rewards), np.float32(values), np.array(mask, bool)
+    expected = adv.gae(*arrays, gamma=0.5, lam=0.25)
+    jax.tree.map(np.testing.assert_array_equal, adv.gae(rewards, values, mask, 0.5, 0.25), expected)
+    jax.tree.map(
+        np.testing.assert_array_equal, adv.reinforce_pp(rewards, mask, 0.5), adv.reinforce_pp(*arrays[::2], gamma=0.5)
+    )
+    np.testing.assert_array_equal(adv.whiten(values, mask), adv.whiten(*arrays[1:]))
+    np.testing.assert_array_equal(adv.at_last([3.0], mask), [[0, 3, 0]])
+    for function in (adv.group_relative, adv.leave_one_out):
+        np.testing.assert_array_equal(function(rewards[0]), function(arrays[0])[0])
+        np.testing.assert_array_equal(function(rewards, mask), function(arrays[0], arrays[2]))

@@ -25,3 +25,16 @@ def test_every_module_can_be_imported_first():
     assert "pjpo.models.policy" in MODULES
     done = subprocess.run([sys.executable, "-c", EACH, *MODULES], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_are_attributes_of_their_package():
+    program = """if True:
+        import sys, pjpo
+        assert not [name for name in sys.modules if name.startswith("pjpo.")]
+        assert pjpo.methods.dpo.Config().beta == 0.1
+        assert callable(pjpo.models.load)
+        assert not hasattr(pjpo, "method")
+        pjpo.methods.dop
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'pjpo.methods' has no attribute 'dop'"

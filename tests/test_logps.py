@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from pjpo import layout, sharding
-from pjpo.logps import mean_completion, sum_completion, token_logps
+from pjpo.logps import log_ratios, mean_completion, sum_completion, token_logps
 
 
 def by_loop(hidden, table, targets, weights, cap=None, temperature=1.0):
@@ -145,3 +145,14 @@ def test_masked_sums_and_means():
     np.testing.assert_array_equal(mean_completion(values, mask), [[1.5, 6], [0, 4]])
     of_one = mask.at[:, :, 1].set(False).at[1, 1, 0].set(False)
     np.testing.assert_array_equal(mean_completion(values, of_one), [[1, 7], [0, 5]])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_log_ratios_hold_the_reference_constant_and_ask_for_one():
+    logps, ref_logps = jnp.array([[[-1.0, -2.0]]]), jnp.array([[[-1.5, -1.0]]])
+    np.testing.assert_array_equal(log_ratios(logps, ref_logps), [[[0.5, -1]]])
+    for argument, expected in ((0, 1), (1, 0)):
+        gradient = jax.grad(lambda *x: log_ratios(*x).sum(), argument)(logps, ref_logps)
+        np.testing.assert_array_equal(gradient, [[[expected] * 2]])
+    with pytest.raises(ValueError, match="ref_logps is None; score the batch under it"):
+        log_ratios(logps, None)

@@ -256,6 +256,8 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - ended.mean(),
         "completions/mean_terminated_length": lengths[ended].mean(),
+        "completions/min_terminated_length": lengths[ended].min(),
+        "completions/max_terminated_length": lengths[ended].max(),
         "entropy": -batch.old_logps[mask].mean(),
         "kl": gaps[mask].mean(),
     }
@@ -264,6 +266,11 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
     times = {f"time/{what}" for what in ("generate", "reward", "score", "update")}
     times |= {f"speed/{what}_tokens_per_second" for what in ("generate", "update")}
     assert all(found[name] > 0 for name in times)
+    ratios = [found.pop(f"sampling/importance_sampling_ratio/{what}") for what in ("min", "mean", "max")]
+    assert ratios == sorted(ratios) == pytest.approx([1, 1, 1], abs=1e-4)
+    assert np.log([ratios[2], 1 / ratios[0]]).max() == pytest.approx(
+        found["sampling/sampling_logp_difference/max"], abs=1e-7
+    )
     others = {"sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"}
     assert found.keys() == expected.keys() | times | others
     tokens = float(metrics["speed/update_tokens_per_second"].sum)

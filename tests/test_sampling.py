@@ -130,6 +130,16 @@ def test_keys_are_folded_by_row_and_number():
         np.testing.assert_array_equal(jax.random.key_data(keys[b, n]), jax.random.key_data(expected))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_key_may_be_of_either_kind():
+    policy = tiny.make_policy()
+    params, prompts = tiny.make_params(policy), make_prompts()
+    of_numbers, typed = (
+        policy.generate(params, prompts, key, SETTINGS) for key in (jax.random.PRNGKey(5), jax.random.key(5))
+    )
+    jax.tree.map(np.testing.assert_array_equal, of_numbers, typed)
+
+
 def frequencies(logits, num_draws=20_000, **settings):
     """How often each token is chosen, [V], with a key for each draw."""
     keys = jax.random.split(jax.random.key(0), num_draws)[None]

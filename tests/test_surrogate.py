@@ -146,3 +146,10 @@ def test_shares_of_what_is_clipped():
     np.testing.assert_allclose(shares["cispo"], [2 / 6, 3 / 6, 5 / 6])
     names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
     assert list(surrogate.clip_metrics(ratios, advantages, mask, 0.2, 0.28)) == names
+
+
+def test_a_ratio_at_its_bound_and_an_advantage_of_zero_are_not_clipped():
+    ratios = jnp.array([[[0.75, 1.5, 0.25, 4.0, 0.25]]])
+    advantages = jnp.array([[[-1.0, 1.0, 0.0, 0.0, 0.5]]])
+    found = surrogate.clip_metrics(ratios, advantages, jnp.ones(ratios.shape, bool), 0.25, 0.5)
+    assert [float(mean.value()) for mean in found.values()] == [0, 0, 0]

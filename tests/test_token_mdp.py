@@ -89,10 +89,13 @@ def test_golden_token_rewards():
     np.testing.assert_allclose(masked, [[0.025, 0]], atol=1e-12)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_solved_is_refused():
     with pytest.raises(ValueError, match="beta must be > 0, got 0"):
         token_mdp.solve(REWARDS, REF, 0)
     with pytest.raises(ValueError, match=r"differ in states \[\(1,\)\]"):
         token_mdp.solve(REWARDS, {state: p for state, p in REF.items() if state != (1,)}, 0.5)
+    with pytest.raises(ValueError, match=r"a state is the tuple of its tokens, \(\) at the start, got '0'"):
+        token_mdp.solve({"0": np.zeros(2)}, {"0": np.full(2, 0.5)}, 0.5)
     with pytest.raises(ValueError, match="num_beams and num_tokens must be >= 1, got 0 and 3"):
         token_mdp.beam_search(lambda state: np.zeros(2), 3, 0)

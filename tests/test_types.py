@@ -1,5 +1,7 @@
 """`Batch.of`: what it fills in, what it takes, what it refuses."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,3 +58,15 @@ def test_nested_lists_become_arrays_of_the_field_s_dtype():
 def test_what_does_not_fit_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         Batch.of(**{"completion_tokens": TOKENS} | given)
+
+
+def test_lists_keep_float64_where_jax_does():
+    with jax.enable_x64(True):
+        batch = Batch.of(completion_tokens=[[[1]]], old_logps=[[[-0.1]]], labels=[[1]])
+    assert batch.old_logps.dtype == np.float64
+    assert batch.old_logps[0, 0, 0] == -0.1
+
+
+def test_masks_of_numbers_become_booleans():
+    batch = Batch.of(completion_tokens=TOKENS, completion_mask=np.ones(TOKENS.shape), loss_mask=jnp.ones(TOKENS.shape))
+    assert batch.completion_mask.dtype == batch.loss_mask.dtype == bool

@@ -7,11 +7,10 @@ sums them (`reduction="sum"`), which makes the pull depend on length. Values of 
 import dataclasses
 from typing import Literal
 
-import jax
 from jaxtyping import Array, Float
 
 from pjpo import checks, pairs
-from pjpo.logps import mean_completion, sum_completion
+from pjpo.logps import log_ratios, mean_completion, sum_completion
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -42,7 +41,7 @@ def loss(
         reduction); each a `Mean` of sum and count over pairs.
     """
     reduce = mean_completion if config.reduction == "mean" else sum_completion
-    logratios = reduce(logps - jax.lax.stop_gradient(ref_logps), batch.loss_mask)  # [B, 2]
+    logratios = reduce(log_ratios(logps, ref_logps), batch.loss_mask)  # [B, 2]
     losses = (pairs.margins(logratios) - 1 / (2 * config.beta)) ** 2  # [B]
     rewards = pairs.implicit_rewards(config.beta, batch, logps, ref_logps)
     return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)

@@ -9,12 +9,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pjpo import checks
-from pjpo.logps import sum_completion
+from pjpo.logps import log_ratios, sum_completion
 from pjpo.metrics import Mean
-from pjpo.mismatched import mismatched
+from pjpo.mismatched import check_labels, mismatched
 from pjpo.types import Batch
 
 OWN, MISMATCHED = 0, 1  # places on the N axis
@@ -59,11 +60,10 @@ def loss(
         `kl` (the reference point) and `rewards/margins`, which are one number of a batch.
 
     Raises:
-        ValueError: no labels.
+        ValueError: no labels, or unknown ones; rows of another number of completions.
     """
-    if batch.labels is None:
-        raise ValueError("kto: the batch has no labels; give each completion one, true where it is desirable")
-    logratios = sum_completion(logps - jax.lax.stop_gradient(ref_logps), batch.loss_mask)  # [B, 2]
+    _check_rows(batch)
+    logratios = sum_completion(log_ratios(logps, ref_logps), batch.loss_mask)  # [B, 2]
     own, mismatched = batch.loss_mask[:, OWN].any(-1), batch.loss_mask[:, MISMATCHED].any(-1)  # [B]
     point = Mean.of(jax.lax.stop_gradient(logratios[:, MISMATCHED]), mismatched).value()
     point = jnp.maximum(point, 0)  # after the mean: z_0 of Eq. 7
@@ -85,3 +85,15 @@ def loss(
     metrics["rewards/margins"] = Mean.of(margin[None], (chosen.any() & rejected.any())[None])
     metrics["kl"] = Mean.of(point[None], mismatched.any()[None])
     return Mean.of(losses, own), metrics
+
+
+def _check_rows(batch: Batch) -> None:
+    if batch.labels is None:
+        raise ValueError("kto: the batch has no labels; give each completion one, true where it is desirable")
+    if batch.completion_tokens.shape[1] != 2:
+        raise ValueError(
+            "kto: axis 1 must be (a prompt's own completion, a mismatched one), got "
+            f"{batch.completion_tokens.shape[1]} completions; Config.prepare adds the second to batches of one each"
+        )
+    if not isinstance(batch.labels, jax.core.Tracer):  # a run's are checked where they are prepared
+        check_labels(np.asarray(batch.labels)[:, OWN])

@@ -163,7 +163,9 @@ def loss(
     clip = config.epsilon_low, config.epsilon_high
     policy_loss = surrogate.aggregate(surrogate.clipped(ratios, advantages, *clip), mask, config.aggregation)
 
-    errors, moved = value_losses(values, old_values, jnp.asarray(batch.labels), config.value_clip)
+    # Zeros where nothing counts, so that nothing there reaches the gradient, not even as 0 * inf.
+    values, returns = jnp.where(mask, values, 0), jnp.where(mask, batch.labels, 0)
+    errors, moved = value_losses(values, old_values, returns, config.value_clip)
     value_loss = surrogate.aggregate(errors, mask, config.aggregation)
     metrics = {
         "loss/policy_avg": policy_loss,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pjpo import sharding
 from pjpo.models import decoder, gguf, glassllm, huggingface, weights
@@ -35,13 +36,14 @@ MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionE
 
 
 def load(
-    source: str | Path, *, dtype: str = "float32", mesh: Any = None, key: jax.Array | None = None, **settings: Any
+    source: str | Path, *, dtype: Any = "float32", mesh: Any = None, key: jax.Array | None = None, **settings: Any
 ) -> tuple[Policy, dict, Tokenizer]:
     """A pretrained model, ready to use.
 
     Args:
         source: "smollm2-135m-instruct", "glassllm-en", a Hugging Face folder, or a .gguf file.
-        dtype: of products and activations; weights at rest have the setting `param_dtype`, float32 unless given.
+        dtype: of products and activations, by name or as NumPy and JAX have it; weights at rest have the setting
+            `param_dtype`, float32 unless given.
         mesh: devices to spread the parameters over; one device without it.
         key: draws the adapters, where the setting `lora` asks for them; jax.random.key(0) unless given.
         settings: further fields of `decoder.Config`: scan_layers, remat, lora, scalar_head, ... With scalar_head a
@@ -56,7 +58,8 @@ def load(
         FileNotFoundError: a file that is missing.
         ModuleNotFoundError: the package that carries the model is not installed.
     """
-    checkpoint, config = _describe(source, settings | {"dtype": dtype})
+    settings = {name: _dtype_name(value) if "dtype" in name else value for name, value in settings.items()}
+    checkpoint, config = _describe(source, settings | {"dtype": _dtype_name(dtype)})
     policy = Policy(config)
     with _blaming(checkpoint.path):
         abstract = jax.eval_shape(policy.init, jax.random.key(0))
@@ -90,6 +93,10 @@ def shape(source: str | Path, **settings: Any) -> decoder.Config:
 def tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer alone, of what `load` would load; no weight is read. Raises as `load` does."""
     return _describe(source, {})[0].tokenizer
+
+
+def _dtype_name(dtype: Any) -> Any:
+    return jnp.dtype(dtype).name if isinstance(dtype, type | jnp.dtype) else dtype
 
 
 def _describe(source: str | Path, settings: dict[str, Any]) -> tuple[weights.Checkpoint, decoder.Config]:

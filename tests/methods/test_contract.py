@@ -141,11 +141,13 @@ def test_nothing_to_score_is_a_mean_of_nothing(method):
             assert mean.value() == 0
 
 
-def test_masked_tokens_get_no_gradient_and_have_no_effect(method):
+@pytest.mark.parametrize("noise", ["moderate", np.nan, -np.inf])
+def test_masked_tokens_get_no_gradient_and_have_no_effect(method, noise):
     example = method.example()
     batch, logps, ref_logps, others = on_device(example)
-    noise = np.exp(np.random.default_rng(1).normal(size=batch.loss_mask.shape)).astype(np.float32)
-    noise = jnp.where(batch.loss_mask, 0, -noise)
+    if noise == "moderate":
+        noise = -np.exp(np.random.default_rng(1).normal(size=batch.loss_mask.shape)).astype(np.float32)
+    noise = jnp.where(batch.loss_mask, 0, jnp.broadcast_to(jnp.float32(noise), batch.loss_mask.shape))
     logps_2, ref_logps_2, others_2 = jax.tree.map(
         lambda x: x + noise if x.shape == noise.shape else x, (logps, ref_logps, others)
     )

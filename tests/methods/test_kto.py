@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pjpo.methods import kto
+from pjpo.types import Batch
 from tests.methods import golden
 from tests.methods.contract import Contract
 
@@ -71,3 +72,18 @@ def test_one_label_alone_keeps_the_reference_point_and_has_no_margin():
 def test_a_batch_without_labels_is_refused():
     with pytest.raises(ValueError, match="the batch has no labels; give each completion one"):
         golden.Case(kto, kto.Config(), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("num_completions", "labels", "message"),
+    [
+        (1, [[True]], r"axis 1 must be \(a prompt's own completion, a mismatched one\), got 1 completions"),
+        (2, [[1, 1], [-1, -1]], r"labels must be true \(desirable\) or false, got -1"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_batches_of_another_layout_are_refused(num_completions, labels, message):
+    shape = (len(labels), num_completions, 3)
+    batch = Batch.of(completion_tokens=np.ones(shape, np.int32), labels=labels)
+    with pytest.raises(ValueError, match=f"^kto: {message}"):
+        kto.loss(kto.Config(), batch, np.zeros(shape, np.float32), np.zeros(shape, np.float32))

@@ -189,3 +189,9 @@ def test_settings_that_do_not_match_the_weights():
     message = r"'blocks\.0\.ffn\.W2' has shape \(341, 128\), the model's config asks for \(340, 128\)"
     with pytest.raises(ValueError, match=message):
         load("glassllm-en", mlp_dim=340)
+
+
+def test_dtypes_may_be_numpys_or_jaxs():
+    policy, params, _ = load("glassllm-en", dtype=jnp.bfloat16, param_dtype=np.dtype("float32"))
+    assert (policy.config.dtype, policy.config.param_dtype) == ("bfloat16", "float32")
+    assert params["params"]["embed"]["table"].dtype == jnp.float32
