@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import json
 import pathlib
+import re
 from typing import Any
 
 from pjpo.data.plain import plain
 
 PREFIX = "tfds:"
+FEATURES = "tensorflow_datasets.core.features."  # where TFDS has its own kinds of columns
+MOST_NESTED = 50  # levels of features.json; TFDS's own use a dozen
 
 
 class TfdsSplit:
-    """A split of a prepared TFDS data set in the array_record format; rows count from 0."""
+    """A split of a prepared TFDS data set in the array_record format; rows count from 0.
+
+    A data set from a stranger runs no code, and leads to no file outside its folder.
+    """
 
     def __init__(self, location: str, split: str):
         import tensorflow_datasets as tfds  # here, because it costs a third of a second
 
         if location.startswith(PREFIX):
             name = location.removeprefix(PREFIX)
+            if stem := re.match(r"\w+", name):  # of every version that was prepared
+                for file in pathlib.Path(tfds.core.constants.DATA_DIR, stem[0]).expanduser().rglob("features.json"):
+                    _check_features(file)
             try:
                 builder = tfds.builder(name)
             except tfds.core.DatasetNotFoundError:
@@ -36,6 +46,8 @@ class TfdsSplit:
                     f"{location} holds no dataset_info.json, as a prepared TFDS data set does, and no Parquet files; "
                     f"what can be read below it: {', '.join(sorted(map(str, found))) or 'nothing'}"
                 )
+            if (folder / "features.json").is_file():
+                _check_features(folder / "features.json")
             builder = tfds.builder_from_directory(folder)
         splits = list(builder.info.splits or ())
         if split.partition("[")[0] not in splits:
@@ -43,6 +55,7 @@ class TfdsSplit:
                 f"{location} has no split {split!r}, only: {', '.join(splits) or 'none'}; choose one with #split, or "
                 "prepare the data set with download_and_prepare(), file_format='array_record'"
             )
+        _check_inside(builder.info.splits[split.partition("[")[0]], pathlib.Path(builder.data_dir))
         self.name = f"{builder.info.full_name}#{split}"
         try:
             # tfds wraps this function in a way that hides its arguments from pyright.
@@ -68,6 +81,48 @@ class TfdsSplit:
             return {name: plain(value) for name, value in self._rows[index].items()}
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.place(index)}: text that is not UTF-8: {error}; prepare it as UTF-8") from error
+
+
+def _check_features(file: pathlib.Path) -> None:
+    """TFDS imports the module of every class that the file names, which runs what is in it.
+
+    Raises:
+        ValueError: no JSON, nested too deeply, or a class that is not TFDS's own.
+    """
+
+    def check(value: Any, depth: int) -> None:
+        if depth > MOST_NESTED:
+            raise ValueError(f"{file} is nested in more than {MOST_NESTED} levels; prepare the data set again")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            named = key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str)  # type: the older
+            if named and not inner.startswith(FEATURES):
+                raise ValueError(
+                    f"{file} asks for the class {inner!r}, whose module would be run; allowed: {FEATURES}... Write "
+                    "the rows as JSON lines or Parquet, or prepare them with TFDS's own features"
+                )
+            if key == "json" and isinstance(inner, str):  # JSON in JSON
+                inner = _json(inner, file)
+            if isinstance(inner, dict | list):
+                check(inner, depth + 1)
+
+    check([_json(file.read_bytes(), file)], 0)
+
+
+def _json(text: str | bytes, file: pathlib.Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a readable JSON file: {error}; prepare the data set again") from error
+
+
+def _check_inside(split: Any, folder: pathlib.Path) -> None:
+    """
+    Raises:
+        ValueError: dataset_info.json names a file that is not the folder's own.
+    """
+    for path in map(pathlib.Path, split.filepaths):
+        if path.parent != folder:
+            raise ValueError(f"{folder / 'dataset_info.json'} names {str(path)!r}; allowed: files of its own folder")
 
 
 def _check_shards(split: Any, location: str) -> None:

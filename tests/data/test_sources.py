@@ -1,4 +1,5 @@
 import gzip
+import json
 import shutil
 import sys
 
@@ -194,3 +195,65 @@ def test_half_a_tfds_folder_is_refused(tfds_folder, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"1.0.0 is half-written or damaged: .*prepare it again"):
         open_source(str(half))
+
+
+def _stranger(tfds_folder, tmp_path, file, change):
+    """A copy of the data set, one of whose files says something else."""
+    folder = tmp_path / "tiny_rows" / "1.0.0"
+    shutil.copytree(tfds_folder, folder)
+    changed = change(json.loads((folder / file).read_text()))
+    (folder / file).write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    return folder
+
+
+EVIL = "downloads.evil.Features"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree | {"pythonClassName": EVIL}, "features.json asks for the class 'downloads.evil.Features'"),
+        (lambda tree: {("python_class_name" if k == "pythonClassName" else k): EVIL for k in tree}, "asks for the cl"),
+        (lambda tree: {"type": EVIL, "content": {}}, "features.json asks for the class 'downloads.evil.Features'"),
+        (
+            lambda tree: {"pythonClassName": tree["pythonClassName"], "jsonFeature": {"json": _inner(EVIL)}},
+            "features.json asks for the class 'downloads.evil.Features'",
+        ),
+        (
+            lambda tree: json.loads(json.dumps(tree).replace("sequence_feature.Sequence", "evil.Features").replace(
+                "tensorflow_datasets.core.features.evil", "downloads.evil")),
+            "features.json asks for the class 'downloads.evil.Features'",
+        ),
+        (lambda tree: '{"feature": ' * 100 + "{}" + "}" * 100, "features.json is nested in more than 50 levels"),
+        (lambda tree: "[" * 100_000, "features.json is not a readable JSON file"),
+        (lambda tree: {"jsonFeature": {"json": "{"}}, "features.json is not a readable JSON file"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_tfds_folder_runs_no_code(tfds_folder, tmp_path, monkeypatch, change, message, by_name):
+    folder = _stranger(tfds_folder, tmp_path, "features.json", change)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        open_source("tfds:tiny_rows:1.0.0" if by_name else str(folder))
+    assert not (tmp_path / "was_run").exists()
+    assert "downloads.evil" not in sys.modules
+
+
+def _inner(name):
+    """An older features.json, which a newer one may hold as a text."""
+    return json.dumps({"text": {"type": name, "content": {}}})
+
+
+def test_a_tfds_folder_reads_only_its_own_files(tfds_folder, tmp_path):
+    def change(info):
+        for split in info["splits"]:
+            split["filepathTemplate"] = "../secret/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        return info
+
+    folder = _stranger(tfds_folder, tmp_path, "dataset_info.json", change)
+    shutil.copytree(tfds_folder, folder.parent / "secret")
+    with pytest.raises(ValueError, match=r"dataset_info.json names '.*secret.*'; allowed: files of its own folder"):
+        open_source(str(folder))
