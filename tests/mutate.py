@@ -30,7 +30,9 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[1]
 LISTED = ROOT / "docs" / "mutants.md"
 TESTS = {  # what pytest is given, the quickest and likeliest to fail first
+    "pjpo/types.py": ["tests/test_types.py"],
     "pjpo/metrics.py": ["tests/test_metrics.py"],
+    "pjpo/per_source.py": ["tests/test_per_source.py"],
     "pjpo/logps.py": ["tests/test_logps.py"],
     "pjpo/optim.py": ["tests/test_optim.py"],
     "pjpo/advantages.py": ["tests/test_advantages.py"],
@@ -38,12 +40,22 @@ TESTS = {  # what pytest is given, the quickest and likeliest to fail first
     "pjpo/surrogate.py": ["tests/test_surrogate.py"],
     "pjpo/best_of.py": ["tests/test_best_of.py"],
     "pjpo/packing.py": ["tests/test_packing.py"],
+    "pjpo/mismatched.py": ["tests/test_mismatched.py"],
+    "pjpo/token_mdp.py": ["tests/test_token_mdp.py"],
+    "pjpo/chat.py": ["tests/test_chat.py"],
     "pjpo/sampling.py": ["tests/test_sampling.py"],
+    "pjpo/models/streams.py": ["tests/models/test_policy.py"],
+    "pjpo/models/attention.py": ["tests/models/test_policy.py", "tests/test_sampling.py"],
+    "pjpo/models/rope.py": ["tests/models/test_policy.py", "tests/models/test_families.py"],
     "pjpo/data/encode.py": ["tests/data/test_encode.py"],
+    "pjpo/data/buckets.py": ["tests/data/test_buckets.py"],
+    "pjpo/data/examples.py": ["tests/data/test_examples.py"],
+    "pjpo/evals/ranking.py": ["tests/evals/test_ranking.py"],
+    "pjpo/evals/panel.py": ["tests/evals/test_panel.py"],
     "pjpo/evals/sentiment.py": ["tests/evals/test_sentiment.py"],
 }
 TESTS |= {
-    f"pjpo/methods/{path.stem}.py": [f"tests/methods/test_{path.stem}.py", "tests/methods/test_contract.py"]
+    f"pjpo/methods/{path.stem}.py": [f"tests/methods/test_{name}.py" for name in (path.stem, "defaults", "contract")]
     for path in sorted(ROOT.glob("pjpo/methods/[a-z]*.py"))
 }
 

@@ -5,15 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo.types import Batch
+from pjpo.packing import pack
+from pjpo.types import CHOSEN, REJECTED, TARGET, Batch
 
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 2, 3)
 PROMPTS = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
+def test_pairs_are_chosen_then_rejected_then_what_to_imitate():
+    # Of every array of pairs that anyone stored: a change would turn them round without a word.
+    assert (CHOSEN, REJECTED, TARGET) == (0, 1, 2)
+
+
+def test_the_number_of_prompt_places_is_known_while_tracing():
+    packed = pack(Batch.of(completion_tokens=TOKENS, prompt_tokens=PROMPTS), num_groups=1)
+    assert jax.jit(lambda batch: np.zeros(batch.packing.num_prompt_places))(packed).size >= PROMPTS.size
+
+
 def test_what_is_left_out_is_filled_in():
-    batch = Batch.of(completion_tokens=TOKENS)
-    assert batch.prompt_tokens.shape == batch.prompt_mask.shape == (2, 0)
+    batch = Batch.of(completion_tokens=TOKENS.reshape(3, 2, 2))
+    assert batch.prompt_tokens.shape == batch.prompt_mask.shape == (3, 0)
     assert batch.completion_mask.all()
     assert batch.loss_mask is batch.completion_mask
     assert batch.rewards is None
@@ -52,6 +63,7 @@ def test_nested_lists_become_arrays_of_the_field_s_dtype():
         ({"prompt_tokens": PROMPTS, "prompt_mask": PROMPTS[:, :2] > 0}, r"prompt_mask has shape \(2, 2\)"),
         ({"completion_mask": TOKENS[:, :1] > 0}, r"completion_mask has shape \(2, 1, 3\), allowed: \(2, 2, 3\)"),
         ({"rewards": [1.0, 2.0]}, r"rewards has shape \(2,\), allowed: \(2, 2, 3\) or \(2, 2\)"),
+        ({"sources": np.zeros((2, 2), int)}, r"sources has shape \(2, 2\), allowed: \(2,\)"),
         ({"old_logps": np.zeros((2, 2))}, r"old_logps has shape \(2, 2\), allowed: \(2, 2, 3\)"),
     ],
 )
