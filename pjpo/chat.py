@@ -36,7 +36,7 @@ def render_with_spans(
     Raises:
         ValueError: as `render`, or a template without such blocks.
     """
-    if not sandbox.compile(template).marks_generation:
+    if not _compile(template).marks_generation:
         raise ValueError(
             "the chat template has no {% generation %} block, so it does not say what the assistant wrote; put "
             "{% generation %} and {% endgeneration %} around what the assistant says and the end of its turn"
@@ -58,12 +58,20 @@ def _render(template: str, messages: Sequence[Mapping[str, Any]], variables: Map
         raise ValueError("a chat needs at least one message, got none")
     given = [_with_reasoning({name: v for name, v in message.items() if v is not None}) for message in messages]
     variables = {"tools": None, "documents": None, "add_generation_prompt": False, **variables}
+    compiled = _compile(template)
     try:
-        return sandbox.compile(template).run(mark, messages=given, **variables)
+        return compiled.run(mark, messages=given, **variables)
     except Exception as error:  # the template's expressions may raise anything
         roles = ", ".join(str(message.get("role")) for message in messages)
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-        raise ValueError(f"the chat template refuses messages with the roles {roles}: {kind}{error}") from error
+        raise ValueError(f"the chat template refuses messages with the roles {roles}: {kind}{error!s:.2000}") from error
+
+
+def _compile(template: str) -> sandbox.Template:
+    try:
+        return sandbox.compile(template)
+    except Exception as error:  # jinja2's and Python's own, where it is nested too deeply
+        raise ValueError(f"the chat template cannot be read: {error!s:.2000}") from error
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,24 @@
 """Jinja2 templates from strangers, with the filters and functions that `transformers` gives to chat templates.
 
-The sandbox keeps them from Python's internals, from files and from changing what they are given. Beyond jinja2's own,
-this one ends loops and recursions that go on too long, and texts and numbers that grow too large.
+jinja2's own sandbox keeps them from Python's internals, from files and from changing what they are given. This one also
+ends those that take too long or too much memory. A run pays in steps, of which it has so many, for the nodes that it
+evaluates and for the characters and items that it reads and makes. No value may be larger than a limit, what it holds
+counted as often as its text would show it. How large the result of a call can be is known before: only the methods and
+filters in the two lists below can be used, and those of the second only where the sizes of their arguments, multiplied,
+are within a limit.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import datetime
 import functools
 import json
+import math
+import operator
 import re
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Mapping, Set, Sized, ValuesView
 from typing import Any, ClassVar
 
 import jinja2
@@ -21,10 +28,35 @@ import jinja2.sandbox
 import jinja2.visitor
 from jinja2 import nodes
 
-MAX_STEPS = 1_000_000  # turns of loops and calls of macros; a chat of 1,000 messages takes thousands
-MAX_LENGTH = 10_000_000  # of a text or list that is put together
+MAX_STEPS = 2_000_000  # a few seconds; a chat of 1,000 messages takes 200,000 to 500,000
+CHARACTERS = 32  # that a step puts together; reading is quicker, at half the price
+MAX_LENGTH = 2_000_000  # of a text, or of the text that a list would make: a chat of half a million tokens
+MAX_GROWTH = 20_000_000  # the same, of what is not made yet
 MAX_BITS = 10_000  # of a number
-_RUN = "this run"  # a name that no template can spell
+MAX_SOURCE = 200_000  # characters of a template; those that TRL carries have 17,000 at most
+_PLAIN = """
+    capitalize casefold endswith find isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper lower
+    lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit rstrip split splitlines startswith strip
+    swapcase title upper copy get items keys values abs attr d default e escape first float int last length list map
+    reject rejectattr reverse safe select selectattr trim
+"""
+_GROWING = """
+    center count format format_map index join ljust replace rjust zfill batch dictsort groupby indent max min round
+    slice sort string tojson truncate unique
+"""
+PLAIN = frozenset(_PLAIN.split())  # methods and filters that give no more than they are given
+GROWING = frozenset(_GROWING.split())  # those that may give more: each argument can at most multiply it
+
+
+@dataclasses.dataclass
+class _Run:
+    """One rendering's state."""
+
+    mark: str
+    steps_left: int
+
+
+_run: contextvars.ContextVar[_Run] = contextvars.ContextVar("run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +70,46 @@ class Template:
         Raises:
             Exception: what the template's expressions raise; `jinja2.TemplateError` where the template itself does.
         """
-        return self.compiled.render(variables | {_RUN: _Run(mark)})
+        before = _run.set(_Run(mark, MAX_STEPS))
+        try:
+            _size(variables)
+            return self.compiled.render(variables)
+        finally:
+            _run.reset(before)
 
 
 @functools.lru_cache(maxsize=32)
 def compile(source: str) -> Template:
     """
     Raises:
-        jinja2.TemplateSyntaxError: it is no template.
+        jinja2.TemplateError: it is no template, or too long.
     """
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Extension, jinja2.ext.loopcontrols])
-    environment.filters |= {"tojson": _to_json, "bounded": _bounded, "argument": _argument, "format": _format}
+    _check(len(source) <= MAX_SOURCE, f"it has {len(source):,} characters, allowed: {MAX_SOURCE:,}")
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Extension, jinja2.ext.loopcontrols],
+        finalize=_text,
+        optimized=False,  # nothing is computed before there is a run to pay for it
+    )
+    filters = environment.filters | {"tojson": _to_json}
+    environment.filters = {name: _guarded(name, filters[name]) for name in filters if name in PLAIN | GROWING}
+    environment.filters["format"] = _guarded("%", filters["format"])
+    environment.filters |= {"looked": _looked, "copied": functools.partial(_made, "copy")}
+    for name, test in environment.tests.items():
+        if test.__module__ == operator.__name__ or name == "in":
+            environment.tests[name] = _comparing(test)
+    allowed = {name: environment.globals[name] for name in ("range", "dict", "cycler", "joiner")}
+    environment.globals = allowed | {"namespace": _Namespace}
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     tree = environment.parse(source)
     marks_generation = any(node.name == "generated" for node in tree.find_all(nodes.ExtensionAttribute))
-    tick = environment.extensions[_Extension.identifier].call_method("tick")
-    return Template(environment.from_string(_Bound(tick).visit(tree)), marks_generation)
-
-
-@dataclasses.dataclass
-class _Run:
-    """One rendering's state."""
-
-    mark: str
-    num_steps: int = 0
+    extension = environment.extensions[_Extension.identifier]
+    return Template(environment.from_string(_Bound(extension).visit(tree)), marks_generation)
 
 
 class _Extension(jinja2.ext.Extension):
-    """`{% generation %}`, and a call that counts steps."""
+    """`{% generation %}`, and a call that pays for nodes."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -74,82 +118,109 @@ class _Extension(jinja2.ext.Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("generated"), [], [], body).set_lineno(line)
 
-    @jinja2.pass_context
-    def generated(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
-        mark = context[_RUN].mark
+    def generated(self, caller: Callable[[], str]) -> str:
+        mark = _run.get().mark
         return f"{mark}({caller()}{mark})" if mark else caller()
 
-    @jinja2.pass_context
-    def tick(self, context: jinja2.runtime.Context) -> bool:
-        run = context[_RUN]
-        run.num_steps += 1
-        if run.num_steps > MAX_STEPS:
-            raise jinja2.exceptions.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+    def tick(self, num_nodes: int) -> bool:
+        _pay(num_nodes)
         return True
 
 
 class _Bound(jinja2.visitor.NodeTransformer):
-    """Counts turns of loops and calls of macros; measures what is put together, and the arguments that say how much."""
+    """Turns of loops and calls of macros and blocks pay for their nodes; what is made without a call is looked at."""
 
-    def __init__(self, tick: nodes.Call):
-        self.tick = tick
+    def __init__(self, extension: _Extension):
+        self.extension = extension
 
     def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(self.tick))
+        self.visit_Macro(node)
         if node.test is not None:
-            node.test = nodes.And(self.tick, node.test)
+            node.test = nodes.And(self.tick(node.test), node.test)
         return node
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
+    def visit_Macro(self, node: Any) -> Any:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(self.tick))
+        node.body.insert(0, nodes.ExprStmt(self.tick(node)))
         return node
 
-    def visit_Call(self, node: nodes.Call) -> nodes.Call:
-        return _bound_arguments(self.generic_visit(node))
+    visit_Block = visit_CallBlock = visit_Macro
 
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
-        return _filter(_bound_arguments(self.generic_visit(node)), "bounded")
+    def tick(self, node: nodes.Node) -> nodes.Call:
+        num_nodes = sum(1 for _ in node.find_all(nodes.Node))
+        return self.extension.call_method("tick", [nodes.Const(num_nodes)])
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        return _filter(self.generic_visit(node), "bounded")
-
-    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
-        node.filter = _filter(node.filter, "bounded")
+        node.expr = _filter(node.expr, "looked")
+        for other in node.ops:
+            other.expr = _filter(other.expr, "looked")
         return node
 
+    def visit_List(self, node: Any) -> nodes.Expr:
+        self.generic_visit(node)
+        return node if getattr(node, "ctx", "load") == "store" else _filter(node, "looked")
 
-def _bound_arguments(node: Any) -> Any:
-    node.args = [_filter(argument, "argument") for argument in node.args]
-    for keyword in node.kwargs:
-        keyword.value = _filter(keyword.value, "argument")
-    return node
+    visit_Tuple = visit_Dict = visit_List
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filter(node, "copied") if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filter(nodes.List(node.nodes), "join")
 
 
-def _filter(node: nodes.Expr | None, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None)
+def _filter(node: nodes.Expr, name: str) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else nodes.Filter(node, name, [], [], None, None)
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
 
     def call_binop(self, context: jinja2.runtime.Context | None, operator: str, left: Any, right: Any) -> Any:
-        for value, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(value, Sized) and isinstance(times, int):
-                _check(len(value) * times <= MAX_LENGTH, f"{len(value)} * {times} is longer than {MAX_LENGTH:,}")
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check(left.bit_length() * right <= MAX_BITS, f"{left} ** {right} is larger than {MAX_BITS:,} bits")
-        if operator == "%":
-            _check_format(left)
-        return _bounded(super().call_binop(context, operator, left, right))
+        if operator == "*" and (isinstance(left, Sized) or isinstance(right, Sized)):
+            _afford("*", [left, right])
+        if operator == "%" and isinstance(left, str):
+            _afford("%", [left, right])
+        return _made(operator, super().call_binop(context, operator, left, right))
 
     def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(function, "__wrapped__", function)  # jinja2 wraps these two of a text's own methods
-        if getattr(method, "__name__", "") in ("format", "format_map"):
-            _check_format(getattr(method, "__self__", None))
-        return super().call(context, function, *args, **kwargs)
+        if isinstance(function, jinja2.runtime.Macro):
+            return super().call(context, function, *args, **kwargs)
+        method = getattr(function, "__wrapped__", function)  # jinja2 wraps two of a text's own methods
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, str | bytes | int | float | Mapping | list | tuple | Set):
+            allowed = name in PLAIN or name in GROWING
+            _check(
+                allowed, f"it calls the method {name!r} of a {type(owner).__name__}, which is not among those allowed"
+            )
+            _afford(name, [owner, *args, *kwargs.values()])
+        else:
+            for value in (*args, *kwargs.values()):
+                _looked(value)
+        return _made(name, super().call(context, function, *args, **kwargs))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, _looked(argument))
+
+    @staticmethod
+    def concat(pieces: Iterable[str]) -> str:
+        """What all texts that a template writes are joined by."""
+        length, kept = 0, []
+        for piece in pieces:
+            length += len(piece)
+            _check_length(length)
+            kept.append(piece)
+        _pay(length // CHARACTERS)
+        return "".join(kept)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    __repr__ = object.__repr__  # not what is in it, which nobody has looked at
 
 
 def _check(allowed: bool, message: str) -> None:
@@ -157,36 +228,107 @@ def _check(allowed: bool, message: str) -> None:
         raise jinja2.exceptions.SecurityError(message)
 
 
-def _check_format(pattern: Any) -> None:
-    """Widths and precisions say how long a text becomes."""
-    wide = isinstance(pattern, str) and re.search(r"\d{7}|%[-+ #0\d]*\.?\*", pattern)
-    _check(not wide, f"the format {pattern!r} asks for too much room")
+def _check_length(length: int) -> None:
+    if length > MAX_LENGTH:
+        raise jinja2.exceptions.SecurityError(f"it puts together more than {MAX_LENGTH:,} characters or items")
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, Sized):
-        _check(len(value) <= MAX_LENGTH, f"it puts together more than {MAX_LENGTH:,} characters or items")
+def _pay(num_steps: int) -> None:
+    run = _run.get()
+    run.steps_left -= num_steps
+    if run.steps_left < 0:
+        raise jinja2.exceptions.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+
+
+def _size(value: Any) -> int:
+    """Characters and items of it, as often as they would be in its text."""
+    size, num_items, waiting = 0, 0, [value]
+    while waiting:
+        value = waiting.pop()
+        num_items += 1
+        if isinstance(value, str | bytes):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            waiting += value
+            waiting += value.values()
+        elif isinstance(value, list | tuple | Set | ValuesView):
+            waiting += value
+        _check_length(size + num_items + len(waiting))
+    _pay(1 + num_items // 2)
+    return size + num_items
+
+
+def _looked(value: Any) -> Any:
+    """The same value, which will be read; the run pays for it."""
+    _pay(_size(value) // CHARACTERS // 2)
+    return value
+
+
+@jinja2.pass_context  # or it would be computed before there is a run
+def _text(context: jinja2.runtime.Context, value: Any) -> str:
+    """What `{{ value }}` writes."""
+    return _made("string", str(_looked(value)))
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter, also where `map` calls it."""
+    num_passed = int(hasattr(function, "jinja_pass_arg"))  # of jinja2's own, before what is filtered
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        _afford(name, [*args[num_passed:], *kwargs.values()])
+        return _made(name, function(*args, **kwargs))
+
+    return guarded
+
+
+def _comparing(test: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda *values: test(*map(_looked, values))
+
+
+def _afford(name: str, given: list[Any]) -> None:
+    """The run pays for what a method or filter reads, and what would make too much of it is refused."""
+    shallow = name in PLAIN and not isinstance(given[0], str)  # it does not look into the list
+    sizes = [_size(value) for value in given[shallow:]]
+    _pay(sum(sizes) // CHARACTERS // 2)
+    if name in PLAIN:
+        return
+    sizes = [abs(value) if isinstance(value, int) and value else n for value, n in zip(given, sizes, strict=True)]
+    if name == "replace":  # what is replaced may be as long as the whole
+        text, old, new = map(str, given[:3])
+        sizes = [text.count(old), len(new)]
+    if name in ("%", "format", "format_map"):
+        sizes[0] = _num_fields(str(given[0]), name)
+    _check(math.prod(sizes) <= MAX_GROWTH, f"what {name!r} gives may be longer than {MAX_GROWTH:,}")
+
+
+def _made(name: str, value: Any) -> Any:
+    """What an operation gave; the run pays for it."""
+    if isinstance(value, str | list | tuple | Mapping | Set):
+        _check_length(len(value))
+        _pay(1 + len(value) // CHARACTERS if isinstance(value, str) else len(value))
+        if name not in PLAIN:
+            _size(value)
     if isinstance(value, int):
         _check(value.bit_length() <= MAX_BITS, f"it computes a number of more than {MAX_BITS:,} bits")
     return value
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, int):
-        _check(abs(value) <= MAX_LENGTH, f"the argument {value} is larger than {MAX_LENGTH:,}")
-    return value
-
-
-def _format(pattern: str, *args: Any, **kwargs: Any) -> str:
-    _check_format(pattern)
-    return pattern % (kwargs or args)
+def _num_fields(pattern: str, name: str) -> int:
+    """How many values a format may show; widths and precisions, which say how long a text becomes, must be small."""
+    bare = pattern.replace("{{", "").replace("}}", "")
+    wide = r"\d{5}|%[-+ #0\d]*\.?\*" if name == "%" else r"\d{5}|\{[^{}]*\{"  # or given as a value
+    _check(not re.search(wide, bare), f"the format {pattern!r:.200} asks for too much room")
+    return pattern.count("%" if name == "%" else "{")
 
 
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ):
     """Not jinja2's own, which escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    _size(value)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _Environment.concat([encoder.encode(value)] if indent is None else encoder.iterencode(value))
 
 
 def _raise_exception(message: str):

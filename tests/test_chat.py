@@ -86,7 +86,7 @@ def test_masks_hold_whatever_the_template_does_with_the_text():
         ("{{ raise_exception('no ' ~ messages[0].role) }}", "with the roles user, assistant: no user$"),
         ("{{ messages[0].content + 1 }}", "roles user, assistant: TypeError: "),
         ("{{ messages[7].content }}", "roles user, assistant: .*has no element 7|no attribute"),
-        ("{% if %}", "the chat template refuses"),
+        ("{% if %}", "the chat template cannot be read: Expected an expression"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{% include '/etc/passwd' %}", "the chat template refuses"),
@@ -95,34 +95,38 @@ def test_masks_hold_whatever_the_template_does_with_the_text():
         ("{% for i in range(900) %}{% for j in range(900) if j < 0 %}{% endfor %}{% endfor %}", "1,000 steps"),
         ("{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}", "1,000 steps"),
         ("{{ range(10 ** 6) }}", "Range too big"),
-        ("{{ range(10 ** 9) }}", "argument 1000000000 is larger than 10,000,000"),
-        ("{{ 'a' | center(10 ** 9) }}", "argument 1000000000 is larger"),
-        ("{{ 'a'.rjust(width=10 ** 9) }}", "argument 1000000000 is larger"),
+        ("{{ range(10 ** 9) }}", "Range too big"),
+        ("{{ 'a' | center(10 ** 9) }}", "what 'center' gives may be longer than 20,000,000"),
+        ("{{ 'a'.rjust(width=10 ** 9) }}", "what 'rjust' gives may be longer than 20,000,000"),
         ("{{ '%999999999d' % 1 }}", "'%999999999d' asks for too much room"),
         ("{{ '%999999999d' | format(1) }}", "'%999999999d' asks for too much room"),
         ("{{ '%-.*f' % (10 ** 9, 1) }}", "asks for too much room"),
+        ("{{ 'a'.encode() }}", "it calls the method 'encode' of a str, which is not among those allowed"),
+        ("{{ 'a' | urlize }}", "the chat template cannot be read: No filter named 'urlize'"),
+        (" " * 200_001, "the chat template cannot be read: it has 200,001 characters, allowed: 200,000"),
         ("{{ '{:999999999}'.format(1) }}", "asks for too much room"),
-        ("{{ 'a' * 10 ** 9 }}", "longer than 10,000,000"),
+        ("{{ 'a' * 10 ** 9 }}", "what '[*]' gives may be longer than 20,000,000"),
         ("{{ 10 ** 100000 }}", r"larger than 10,000 bits"),
         (
             "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-            "10,000,000 char",
+            "more than 2,000,000 char",
         ),
         (
             "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-            "10,000,000 char",
+            "more than 2,000,000 char",
         ),
         ("{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "10,000 bits"),
         (
             "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
             "{% set n.x = y %}{% endfor %}",
-            "10,000,000 char",
+            "more than 2,000,000 char",
         ),
         (None, "no chat template"),
     ],
 )
 def test_templates_that_refuse_or_misbehave(template, message, monkeypatch):
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
+    if message and "steps" in message:
+        monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
     with pytest.raises(ValueError, match=message):
         byte_tokenizer(template).render_chat([USER, ASSISTANT])
 
@@ -136,6 +140,12 @@ def test_templates_that_refuse_or_misbehave(template, message, monkeypatch):
         ("{{ 2 ** 10 * 'a' | length % 7 }}", str(2**10 * 1 % 7)),
         ("{% filter upper %}{{ messages | map(attribute='role') | join(', ') }}{% endfilter %}", "USER, ASSISTANT"),
         ("{% set x | trim %} a {% endset %}{{ x ~ 1 }}", "a1"),
+        ('{{ \'{{"role": "{0}"}}\'.format(messages[0].role) }}', '{"role": "user"}'),
+        ("{{ messages[1:] | length }}{{ 'abc'[1:] }}{{ (1, 2) + (3,) }}{{ {'a': [1]} }}", "1bc(1, 2, 3){'a': [1]}"),
+        ("{{ [{'a': 1}] | tojson(indent=1) }}", '[\n {\n  "a": 1\n }\n]'),
+        ("{{ messages | selectattr('role', 'in', ['user']) | map(attribute='role') | list }}", "['user']"),
+        ("{{ ['b', 'a'] | sort | map('upper') | join(', ') }}{{ 'a\nb' | indent(2) }}", "A, Ba\n  b"),
+        ("{{ ('ab' * 2).replace('b', '-', 1) }}{{ 'aa' | replace('a', 'b') }}{{ 3 // 2 - 1.5 / 3 }}", "a-abbb0.5"),
     ],
 )
 def test_the_sandbox_leaves_the_rest_of_jinja_as_it_is(template, text):
