@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pjpo import layout
@@ -21,18 +22,31 @@ from pjpo.products import contract_rows, dot
 Mask = Bool[Array, "B N T"] | Bool[np.ndarray, "B N T"]
 
 
+def widened(values: ArrayLike) -> Array:
+    """As float32, or wider where it is: what losses compute in, whatever the model's dtype."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
 def sum_completion(values: Float[Array, "B N T"], mask: Mask) -> Float[Array, "B N"]:
-    """Sum over the tokens of each completion where `mask` is true."""
-    return jnp.where(mask, values, 0).sum(-1)
+    """Sum over the tokens of each completion where `mask` is true; float32 or wider.
+
+    Raises:
+        ValueError: values of other completions than the mask's.
+    """
+    if values.shape != mask.shape:
+        raise ValueError(f"values of tokens must have the mask's shape {mask.shape}, got {values.shape}")
+    return jnp.where(mask, widened(values), 0).sum(-1)
 
 
 def mean_completion(values: Float[Array, "B N T"], mask: Mask) -> Float[Array, "B N"]:
-    """Mean over the tokens of each completion where `mask` is true; 0 for an empty completion."""
-    return sum_completion(values, mask) / jnp.maximum(mask.sum(-1), 1).astype(values.dtype)
+    """`sum_completion` over the number of tokens that it sums; 0 for an empty completion."""
+    sums = sum_completion(values, mask)
+    return sums / jnp.maximum(mask.sum(-1), 1).astype(sums.dtype)
 
 
 def log_ratios(logps: Float[Array, "B N T"], ref_logps: Float[Array, "B N T"] | None) -> Float[Array, "B N T"]:
-    """log(policy / reference) of each token, nats; the reference is a constant to the gradient.
+    """log(policy / reference) of each token, nats, float32 or wider; the reference is a constant to the gradient.
 
     Raises:
         ValueError: no reference.
@@ -41,7 +55,7 @@ def log_ratios(logps: Float[Array, "B N T"], ref_logps: Float[Array, "B N T"] | 
         raise ValueError(
             "log-ratios need the log-probs of the reference, but ref_logps is None; score the batch under it"
         )
-    return logps - jax.lax.stop_gradient(ref_logps)
+    return widened(logps) - jax.lax.stop_gradient(widened(ref_logps))
 
 
 def soft_cap(logits: Float[Array, "*rows V"], cap: float | None) -> Float[Array, "*rows V"]:

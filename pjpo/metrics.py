@@ -32,6 +32,10 @@ class Mean:
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.sum + other.sum, self.count + other.count)
 
+    def __radd__(self, zero: int) -> Mean:
+        """For `sum`, which starts from 0."""
+        return self if zero == 0 else NotImplemented
+
     def value(self) -> Float[Array, ""]:
         """Sum over count; 0 where nothing was counted."""
         return jnp.where(self.count > 0, self.sum / jnp.where(self.count > 0, self.count, 1), 0)

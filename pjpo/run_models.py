@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,13 @@ class Reference:
         return self.store.attach(batch, share_on) if self.store else batch
 
     def check_start(self, experiment: Any, batch: Batch) -> None:
-        """The step-0 gate, on a prepared batch; see `pjpo.reference.check_start`."""
-        if self.kind == "none":
+        """The step-0 gate, on a prepared batch; see `pjpo.reference.check_start`.
+
+        Raises:
+            ValueError: policy and reference differ, or what the loss refuses, such as rows that are no pairs.
+        """
+        if self.kind == "none":  # nothing to compare with, and nothing is computed to see whether the loss takes it
+            jax.eval_shape(functools.partial(self._loss_of, experiment), self.params, batch)
             return
         ref_params = self.policy.without_adapters(self.params) if self.kind == "adapter" else self.params
         ref_logps = batch.ref_logps if self.store else self.policy.logps(ref_params, batch)
@@ -99,3 +105,7 @@ class Reference:
         logps = self.policy.logps(self.params, batch)
         batch, logps, ref_logps = distributed.fetch((batch, logps, ref_logps))
         reference.check_start(experiment.loss, experiment.method, batch, logps, ref_logps, **allowed)
+
+    def _loss_of(self, experiment: Any, params: dict, batch: Batch):
+        outputs = step.outputs_of(experiment.method, self.policy, params, batch)
+        return step.apply(experiment.loss, experiment.method, batch, outputs, None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from pjpo.logps import mean_completion, sum_completion
+from pjpo.logps import mean_completion, sum_completion, widened
 from pjpo.metrics import Mean
 
 Importance = Literal["token", "sequence", "sequence_token", "cispo"]
@@ -43,6 +43,7 @@ def ratios(
             the geometric mean over the completion, at each token. "sequence_token" (its Eq. 14): the same value, with
             the gradient of the token's own.
     """
+    logps = widened(logps)
     logratios = jnp.where(mask, logps - jax.lax.stop_gradient(logps if old_logps is None else old_logps), 0)
     if importance in ("sequence", "sequence_token"):
         own = jnp.where(mask, logps - jax.lax.stop_gradient(logps), 0)  # zero, with a gradient

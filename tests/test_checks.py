@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 
 from pjpo import checks
@@ -30,6 +31,28 @@ def test_bounds(check, good, bad, allowed):
     for weight in bad:
         with pytest.raises(ValueError, match=re.escape(f"test_checks: weight must be {allowed}, got {weight}")):
             check(Config(weight=weight), "weight")
+
+
+@pytest.mark.parametrize("weight", ["0.1", None, True, [0.1], 1j])
+def test_what_is_no_number_is_refused_by_name(weight):
+    config = Config(weight=weight, flip_rate=weight)
+    refusals = [
+        lambda: checks.positive(config, "weight"),
+        lambda: checks.not_negative(config, "weight"),
+        lambda: checks.above(config, 1, "weight"),
+        lambda: checks.between(config, 0, 1, "weight"),
+        lambda: checks.finite(config, "weight"),
+        lambda: checks.at_least(config, 1, "weight"),
+        lambda: checks.flip_rate(config),
+    ]
+    for refusal in refusals:
+        with pytest.raises(ValueError, match=rf"test_checks: \w+ must be a number, got {re.escape(repr(weight))}"):
+            refusal()
+
+
+def test_numbers_of_numpy_are_numbers():
+    checks.positive(Config(weight=np.float32(0.1)), "weight")
+    checks.at_least(Config(weight=np.int64(2)), 2, "weight")
 
 
 def test_least():

@@ -24,7 +24,7 @@ from pjpo.checkpoints import Checkpoints
 from pjpo.data import mixture, preference
 from pjpo.data.buckets import Buckets, collate
 from pjpo.evals.result import Result
-from pjpo.methods import kto
+from pjpo.methods import kto, simpo
 from tests import tiny_run
 from tests.experiments.test_registry import EXPERIMENTS, STUDIES
 from tests.quick import FLAGS
@@ -305,6 +305,24 @@ def test_a_file_where_runs_should_lie_is_refused_first(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(ValueError, match=r"no run can be written to .*runs is a file"):
         experiment.run("tiny", registry.override(tiny_run.EXPERIMENT, QUICK), root=tmp_path / "runs")
+
+
+class Singles(tiny_run.Pairs):
+    """Their chosen completions alone."""
+
+    def build(self, context):
+        data = super().build(context)
+        train = [dataclasses.replace(pair, completions=pair.completions[:1]) for pair in data.train]
+        return dataclasses.replace(data, train=train, held_out=[])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_data_that_a_method_on_pairs_cannot_take_leaves_no_folder(tmp_path, model):
+    change = {"model.source": str(model), "data": Singles(), "evaluation": None}
+    message = r"^{}: rows must be pairs, \(chosen, rejected\) on axis 1, got 1 completions"
+    refused(tmp_path, change, message.format("dpo"))
+    change |= {"reference": "none", "loss": simpo.loss, "method": simpo.Config()}
+    refused(tmp_path, change, message.format("simpo"))
 
 
 def test_what_cannot_work_leaves_no_folder(tmp_path, model, monkeypatch):

@@ -156,3 +156,11 @@ def test_log_ratios_hold_the_reference_constant_and_ask_for_one():
         np.testing.assert_array_equal(gradient, [[[expected] * 2]])
     with pytest.raises(ValueError, match="ref_logps is None; score the batch under it"):
         log_ratios(logps, None)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("reduce", [sum_completion, mean_completion])
+def test_values_of_other_completions_than_the_mask_s_are_refused(reduce):
+    """Two of which would otherwise be one and the same."""
+    with pytest.raises(ValueError, match=r"must have the mask's shape \(1, 2, 3\), got \(1, 1, 3\)"):
+        reduce(jnp.zeros((1, 1, 3)), np.ones((1, 2, 3), bool))

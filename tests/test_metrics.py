@@ -22,6 +22,9 @@ def test_parts_add_up_to_the_whole_however_uneven():
     whole = parts[0] + parts[1] + parts[2]
     np.testing.assert_allclose(whole.value(), values[mask].mean(), rtol=1e-6)
     assert whole.count == mask.sum()
+    assert sum(parts) == whole
+    with pytest.raises(TypeError):
+        1 + whole
 
 
 def test_nothing_counted_is_zero_with_a_zero_gradient():

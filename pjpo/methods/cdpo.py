@@ -37,7 +37,8 @@ def loss(
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     rewards = pairs.implicit_rewards(config.beta, batch, logps, ref_logps)  # [B, 2]
     margins = pairs.margins(rewards)  # [B]
     losses = -(1 - config.flip_rate) * jax.nn.log_sigmoid(margins) - config.flip_rate * jax.nn.log_sigmoid(-margins)
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

@@ -46,7 +46,7 @@ def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: 
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
-    rows = pairs.counted(batch)
+    rows = pairs.counted(config, batch)
     rewards = config.beta * sum_completion(logps, batch.loss_mask)  # [B, 2]; Eq. 3: the reference is taken as uniform
     nll = -sum_completion(logps, batch.loss_mask)[:, CHOSEN]  # [B]
     num_tokens, num_pairs = batch.loss_mask[:, CHOSEN].sum(), rows.sum()

@@ -32,6 +32,7 @@ def loss(
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     rewards = pairs.implicit_rewards(config.beta, batch, logps, ref_logps)  # [B, 2]; Eq. 7 sums over tokens
     losses = -jax.nn.log_sigmoid(pairs.margins(rewards))  # [B]
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

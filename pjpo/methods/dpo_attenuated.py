@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pjpo import checks, pairs
-from pjpo.logps import sum_completion
+from pjpo.logps import sum_completion, widened
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -38,7 +38,8 @@ def loss(
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
-    scaled = config.gamma * jax.lax.stop_gradient(ref_logps)
-    rewards = config.beta * sum_completion(logps - scaled, batch.loss_mask)  # [B, 2]
+    rows = pairs.counted(config, batch)  # [B]
+    scaled = config.gamma * jax.lax.stop_gradient(widened(ref_logps))
+    rewards = config.beta * sum_completion(widened(logps) - scaled, batch.loss_mask)  # [B, 2]
     losses = -jax.nn.log_sigmoid(pairs.margins(rewards))  # [B]
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pjpo import checks, surrogate
 from pjpo.advantages import STDS, Std, at_last, group_relative, leave_one_out, reinforce_pp, reinforce_pp_baseline
 from pjpo.kl import ESTIMATORS, Estimator, k3
-from pjpo.logps import sum_completion
+from pjpo.logps import sum_completion, widened
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -140,7 +140,7 @@ def loss(
     if batch.advantages is None:
         raise ValueError("grpo: the batch has no advantages; pass the whole rollout through Config.advantages")
     mask = jnp.asarray(batch.loss_mask)
-    logps = jnp.where(mask, logps, 0)  # so that nothing there reaches the gradient, not even as 0 * inf
+    logps = jnp.where(mask, widened(logps), 0)  # so that nothing there reaches the gradient, not even as 0 * inf
     advantages = surrogate.per_token(jnp.asarray(batch.advantages), mask)
     ratios = surrogate.ratios(logps, batch.old_logps, mask, config.importance)
     clip = config.epsilon_low, config.epsilon_high
@@ -150,7 +150,7 @@ def loss(
         losses = surrogate.clipped(ratios, advantages, *clip, config.dual_clip)
     metrics = surrogate.clip_metrics(ratios, advantages, mask, *clip, config.importance)
     if ref_logps is not None:
-        ref_logps = jnp.where(mask, jax.lax.stop_gradient(ref_logps), 0)
+        ref_logps = jnp.where(mask, jax.lax.stop_gradient(widened(ref_logps)), 0)
         metrics["kl"] = Mean.of(k3(logps, ref_logps), mask)
     if config.beta and config.kl_in == "loss":
         if ref_logps is None:

@@ -40,8 +40,9 @@ def loss(
         Loss in squared nats per pair, and metrics (rewards are beta times summed log-ratios, as in DPO, whatever the
         reduction); each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     reduce = mean_completion if config.reduction == "mean" else sum_completion
     logratios = reduce(log_ratios(logps, ref_logps), batch.loss_mask)  # [B, 2]
     losses = (pairs.margins(logratios) - 1 / (2 * config.beta)) ** 2  # [B]
     rewards = pairs.implicit_rewards(config.beta, batch, logps, ref_logps)
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

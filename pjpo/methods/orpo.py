@@ -37,11 +37,11 @@ def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: 
         Loss in nats per pair, and metrics (rewards are `weight` times log-probs per
         token); each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     means = mean_completion(logps, batch.loss_mask)  # [B, 2]
     ratios = pairs.margins(log_odds(means))  # [B]
     odds_losses = jax.nn.log_sigmoid(ratios)
     losses = -means[:, CHOSEN] - config.weight * odds_losses
-    rows = pairs.counted(batch)
     metrics = pairs.metrics(batch, logps, config.weight * means) | {
         "nll_loss": Mean.of(-means[:, CHOSEN], rows),
         "log_odds_ratio": Mean.of(odds_losses, rows),

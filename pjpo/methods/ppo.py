@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from pjpo import checks, surrogate
 from pjpo.advantages import at_last, gae, whiten
 from pjpo.kl import k1, k3
+from pjpo.logps import widened
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -164,7 +165,7 @@ def loss(
     policy_loss = surrogate.aggregate(surrogate.clipped(ratios, advantages, *clip), mask, config.aggregation)
 
     # Zeros where nothing counts, so that nothing there reaches the gradient, not even as 0 * inf.
-    values, returns = jnp.where(mask, values, 0), jnp.where(mask, batch.labels, 0)
+    values, returns = jnp.where(mask, widened(values), 0), jnp.where(mask, batch.labels, 0)
     errors, moved = value_losses(values, old_values, returns, config.value_clip)
     value_loss = surrogate.aggregate(errors, mask, config.aggregation)
     metrics = {
@@ -174,7 +175,7 @@ def loss(
         **surrogate.clip_metrics(ratios, advantages, mask, *clip),
     }
     if ref_logps is not None:
-        metrics["kl"] = Mean.of(k3(jax.lax.stop_gradient(logps), ref_logps), mask)
+        metrics["kl"] = Mean.of(k3(jax.lax.stop_gradient(widened(logps)), widened(ref_logps)), mask)
     return Mean(policy_loss.sum + config.value_weight * value_loss.sum, policy_loss.count), metrics
 
 

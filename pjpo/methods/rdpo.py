@@ -38,8 +38,9 @@ def loss(
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     rewards = pairs.implicit_rewards(config.beta, batch, logps, ref_logps)  # [B, 2]
     margins = pairs.margins(rewards)  # [B]
     kept, swapped = -jax.nn.log_sigmoid(margins), -jax.nn.log_sigmoid(-margins)
     losses = ((1 - config.flip_rate) * kept - config.flip_rate * swapped) / (1 - 2 * config.flip_rate)
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pjpo import checks, pairs
+from pjpo.logps import widened
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -43,7 +44,8 @@ def loss(
     Raises:
         ValueError: annotated margins are asked for, and the batch has none.
     """
-    rows, margins = pairs.counted(batch), pairs.margins(scores)  # [B]
+    rows, scores = pairs.counted(config, batch), widened(scores)
+    margins = pairs.margins(scores)  # [B]
     needed = jnp.zeros_like(margins)
     if config.annotated_margins:
         if batch.rewards is None:

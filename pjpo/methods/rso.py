@@ -42,10 +42,11 @@ def loss(
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     if config.form == "hinge":
         rewards = config.gamma * sum_completion(logps, batch.loss_mask)  # [B, 2]
     else:
         rewards = pairs.implicit_rewards(config.gamma, batch, logps, ref_logps)
     margins = pairs.margins(rewards)  # [B]
     losses = -jax.nn.log_sigmoid(margins) if config.form == "sigmoid_norm" else jax.nn.relu(1 - margins)
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

@@ -33,6 +33,7 @@ def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: 
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     rewards = config.beta * mean_completion(logps, batch.loss_mask)  # [B, 2]; Eq. 4
     losses = -jax.nn.log_sigmoid(pairs.margins(rewards) - config.margin)  # [B]
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, rewards)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

@@ -48,8 +48,9 @@ def loss(config: Config, batch: Batch, logps: Float[Array, "B N T"], ref_logps: 
             f"slic: nll_weight {config.nll_weight} needs {needed} completions of each prompt, (chosen, rejected"
             f"{', target' if config.nll_weight else ''}), got {logps.shape[1]}; add the target, or set nll_weight to 0"
         )
+    rows = pairs.counted(config, batch, most=3)  # [B]
     sums = sum_completion(logps, batch.loss_mask)  # [B, N]
     losses = jax.nn.relu(config.margin - pairs.margins(sums))  # [B]
     if config.nll_weight:
         losses = losses - config.nll_weight * sums[:, TARGET]
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, sums)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, sums)

@@ -34,6 +34,7 @@ def loss(config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: 
     Returns:
         Loss in nats per pair, and metrics (rewards are log-probs); each a `Mean` of sum and count over pairs.
     """
+    rows = pairs.counted(config, batch)  # [B]
     sums = sum_completion(logps, batch.loss_mask)  # [B, 2]
     losses = config.weight * sums[:, REJECTED] - sums[:, CHOSEN]
-    return Mean.of(losses, pairs.counted(batch)), pairs.metrics(batch, logps, sums)
+    return Mean.of(losses, rows), pairs.metrics(batch, logps, sums)

@@ -58,7 +58,8 @@ class Method:
         self.arguments, self.outputs = list(annotations), getattr(self.Config, "outputs", ("logps",))
         self.reads_logps, self.has_reference = "logps" in self.outputs, annotations["ref_logps"] is not None
         axis = annotations[self.outputs[0]].dim_str.split()[1]
-        self.shape = SHAPE[0], int(axis) if axis.isdigit() else SHAPE[1], SHAPE[2]
+        self.has_fixed_rows = axis.isdigit()
+        self.shape = SHAPE[0], int(axis) if self.has_fixed_rows else SHAPE[1], SHAPE[2]
 
     @property
     def start(self):
@@ -72,9 +73,9 @@ class Method:
     def configs(self) -> list:
         return [self.Config(), *self.contract.configs]
 
-    def example(self, seed: int = 0) -> Example:
+    def example(self, seed: int = 0, num_completions: int | None = None) -> Example:
         """Ragged completions, one of them and one whole row empty, prompts' tokens unscored in places."""
-        rng, shape = np.random.default_rng(seed), self.shape
+        rng, shape = np.random.default_rng(seed), (self.shape[0], num_completions or self.shape[1], self.shape[2])
         lengths = rng.integers(1, shape[2] + 1, shape[:2])
         lengths[1, 0], lengths[2] = 0, 0
         mask = np.arange(shape[2])[None, None] < lengths[:, :, None]
@@ -97,6 +98,15 @@ class Method:
         batch = Batch.of(**fields | self.contract.fields(rng, shape))
         ref_logps = batch.ref_logps if self.has_reference else None
         return Example(batch, logps if self.reads_logps else None, ref_logps, self.contract.arguments(rng, shape))
+
+    def no_numbers(self) -> list[tuple[str, Any]]:
+        """(field, value of another type) for every field that must be a number."""
+        return [
+            (field.name, value)
+            for field in dataclasses.fields(self.Config)
+            if isinstance(number := getattr(self.Config(), field.name), int | float) and not isinstance(number, bool)
+            for value in ([number], str(number), *(() if "None" in str(field.type) else (None,)))
+        ]
 
     def bad_values(self) -> list[tuple[str, Any]]:
         """(field, value) for every numeric field."""

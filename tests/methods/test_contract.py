@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,24 @@ def test_loss_and_metrics_are_means_of_float32(method):
             assert leaf.dtype == jnp.float32
         assert all(mean.sum.shape == mean.count.shape == () for mean in means.values())
         assert means["loss"].count > 0
+
+
+def test_what_a_model_computes_in_bfloat16_is_added_up_in_float32(method):
+    example = method.example()
+    batch = example.batch
+    read = {name: getattr(batch, name) for name in ("old_logps", "ref_logps", "values")}
+    read = read, example.logps, example.ref_logps, example.others
+    coarse = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), read)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), coarse)
+    batch = jax.tree.map(jnp.asarray, batch)
+    with jax.numpy_dtype_promotion("standard"):
+        for config in method.configs:
+            found, expected = (
+                outcome(method, config, (dataclasses.replace(batch, **fields), *arguments))[0]
+                for fields, *arguments in (coarse, wide)
+            )
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+            assert_same(found, expected)
 
 
 @pytest.mark.parametrize("where", ["first completions", "other completions", "everywhere", "reference", "old"])
@@ -321,6 +340,24 @@ class TestAdvantages:
             assert_same(self.found(method, config, example, jit=True, place=spread), expected)
             shuffled = self.found(method, config, example, order)
             assert_same(shuffled, jax.tree.map(lambda x: x[order], expected))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_rows_of_another_number_of_completions_are_refused_by_name(method):
+    for number in {1, 3} if method.has_fixed_rows else ():
+        batch, logps, ref_logps, others = on_device(method.example(num_completions=number))
+        for config in method.configs:
+            with pytest.raises(ValueError, match=rf"^{method.name}: .*, got {number} completions"):
+                method.loss(config, batch, logps, ref_logps, **others)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_another_type_are_refused_by_name(method):
+    for field, value in method.no_numbers():
+        with pytest.raises(
+            ValueError, match=rf"^{method.name}: {field} must be a number, got {re.escape(repr(value))}"
+        ):
+            dataclasses.replace(method.start, **{field: value})
 
 
 @pytest.mark.usefixtures("unchecked")
