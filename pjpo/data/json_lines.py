@@ -15,6 +15,8 @@ from typing import Any
 
 from pjpo.data.scratch import Scratch
 
+MAX_LINE = 2**26  # bytes; a small file that unpacks to one endless line would fill memory
+
 
 class JsonLines:
     """One JSON object a line, UTF-8, gzipped or not; blank lines do not count.
@@ -56,12 +58,17 @@ def read_lines(path: str, advance: Callable[[int], object] = lambda num_bytes: N
     """The lines of a file, gzipped or not, with their ends; `advance` hears how many bytes of the file were read.
 
     Raises:
-        ValueError: not a whole gzip file.
+        ValueError: not a whole gzip file, or a line that is too long.
     """
-    done = 0
+    done = number = 0
     try:
         with open(path, "rb") as file, gzip.open(file) if path.endswith(".gz") else file as lines:
-            for line in lines:
+            while line := lines.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(
+                        f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; one object a line is read"
+                    )
                 advance(file.tell() - done)
                 done = file.tell()
                 yield line

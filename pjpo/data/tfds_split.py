@@ -94,7 +94,8 @@ def _check_features(file: pathlib.Path) -> None:
         if depth > MOST_NESTED:
             raise ValueError(f"{file} is nested in more than {MOST_NESTED} levels; prepare the data set again")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            named = key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str)  # type: the older
+            # Proto's two spellings, and what came before it.
+            named = key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str)
             if named and not inner.startswith(FEATURES):
                 raise ValueError(
                     f"{file} asks for the class {inner!r}, whose module would be run; allowed: {FEATURES}... Write "

@@ -1,6 +1,7 @@
 import gzip
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pjpo.data import json_lines
 from pjpo.data.sources import open_source
 from tests.data.fakes import result_or_words, write_rows
 
@@ -114,6 +116,45 @@ def test_any_file_is_read_or_refused_by_line(tmp_path_factory, content):
         for i in range(len(source)):
             row, words = result_or_words(lambda i=i, source=source: source[i], ValueError)
             assert words.startswith(source.place(i)) if words else isinstance(row, dict)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_line_that_is_too_long_is_named(tmp_path, monkeypatch, name):
+    row = '{"a": "' + "x" * 80 + '"}'
+    content = f'{{"a": 1}}\n{row}\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    monkeypatch.setattr(json_lines, "MAX_LINE", len(row) + 1)  # its end is one of them
+    assert len(open_source(str(tmp_path / name))) == 2
+    monkeypatch.setattr(json_lines, "MAX_LINE", len(row))
+    with pytest.raises(ValueError, match=rf"{name}:2: the line is longer than {len(row)} bytes; one object a line is"):
+        open_source(str(tmp_path / name))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_a_small_file_with_an_endless_line_does_not_fill_memory(tmp_path):
+    """160 MB in 160 KB. In a process of its own, whose memory is what the system says."""
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(160):
+            file.write(b"a" * 10**6)
+    out = subprocess.run([sys.executable, "-c", OPEN, tmp_path / "rows.jsonl.gz"], capture_output=True, text=True)
+    assert "rows.jsonl.gz:1: the line is longer than 67,108,864 bytes" in out.stdout, out.stderr
+    assert int(out.stdout.split()[-1]) < 2.1 * json_lines.MAX_LINE + 1e7
+
+
+OPEN = """
+import sys
+from pjpo.data.json_lines import JsonLines
+
+def peak():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+before = peak()
+try:
+    JsonLines(sys.argv[1])
+except ValueError as error:
+    print(error, peak() - before)
+"""
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"text", lambda data: data[:12] + b"\0" * 20])
