@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,19 @@ def read(path: Path) -> Checkpoint:
         size = path.stat().st_size
         raise ValueError(f"{path} ({size:,} bytes) is damaged or cut short, fetch it again: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {
+        tensor.name: (tensor.tensor_type, tensor.data_offset, tensor.data.dtype, tensor.data.shape)
+        for tensor in reader.tensors
+    }
 
     def load(name: str) -> np.ndarray:
+        kind, offset, dtype, shape = tensors[name]
+        # Not through the reader, which maps the whole file: whatever was read of it would stay in memory.
+        stored = np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
         try:
-            return dequantize(tensors[name].data, tensors[name].tensor_type)
+            return dequantize(stored, kind)
         except NotImplementedError as error:
-            kind = tensors[name].tensor_type.name
-            raise ValueError(f"{path}: tensor {name!r} is quantised as {kind}, which is not supported") from error
+            raise ValueError(f"{path}: tensor {name!r} is quantised as {kind.name}, which is not supported") from error
 
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from pjpo import sharding
 from pjpo.models import load
-from tests.models import tiny_llama
+from tests.models import tiny_gguf, tiny_llama
 from tests.test_distributed import free_port
 
 SIZES = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
@@ -62,22 +62,26 @@ def write_shards(folder, config, num_shards=4):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A small one, a large one, and the bytes of its largest tensor."""
+    """Those with a small and a large model, each in a folder and in a GGUF file; the bytes of its largest tensor."""
     root = tmp_path_factory.mktemp("models")
     largest = write_shards(root / "large", tiny_llama.CONFIG | SIZES)
     write_shards(root / "small", tiny_llama.CONFIG | SIZES | FEW)
-    return root / "small", root / "large", largest
+    for name in ("small", "large"):
+        tiny_gguf.write(root / f"{name}.gguf", root / name, tiny_llama.vocabulary(), ["h e"])
+    return root, largest
 
 
 @needs_proc
+@pytest.mark.parametrize("suffix", ["", ".gguf"])
 @pytest.mark.parametrize("settings", [{}, {"scan_layers": True}])
-def test_a_host_holds_its_part_and_one_tensor(folders, settings):
-    small, large, largest = folders
+def test_a_host_holds_its_part_and_one_tensor(folders, settings, suffix):
+    root, largest = folders
+    small, large = root / f"small{suffix}", root / f"large{suffix}"
     environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", LOAD, small, large, repr(settings)]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     grown, held, _ = map(int, out.split())
-    # 235 MB of parameters, all of this host, as it has every device. The tensor counts twice: as pages of its file,
+    # 235 MB of parameters, all of this host, as it has every device. The tensor counts twice: as bytes of its file,
     # and as the array made of them. 16 MB are for what Python and JAX take along the way.
     assert held > 230e6
     assert grown < held + 2 * largest + 16e6
