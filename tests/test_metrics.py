@@ -1,11 +1,20 @@
 """Means that add up."""
 
+import functools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
+from hypothesis.extra import numpy as arrays
 
 from pjpo.metrics import Mean
+
+SIZE = 12
+WHOLE_NUMBERS = arrays.arrays(np.float32, SIZE, elements=strategies.integers(-1000, 1000))  # sums of them are exact
+MASKS = arrays.arrays(bool, SIZE)
 
 
 def test_a_mean_is_over_what_the_mask_keeps():
@@ -25,6 +34,37 @@ def test_parts_add_up_to_the_whole_however_uneven():
     assert sum(parts) == whole
     with pytest.raises(TypeError):
         1 + whole
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    values=WHOLE_NUMBERS,
+    mask=MASKS,
+    order=strategies.permutations(range(SIZE)),
+    cuts=strategies.lists(strategies.integers(0, SIZE), max_size=4).map(sorted),
+    turned=strategies.randoms(use_true_random=False),
+)
+def test_parts_in_any_split_and_order_add_up_to_the_whole(values, mask, order, cuts, turned):
+    parts = [Mean.of(values[rows], mask[rows]) for rows in np.split(np.array(order), cuts)]  # empty ones among them
+    turned.shuffle(parts)
+    total = functools.reduce(Mean.__add__, parts)
+    assert (total.sum, total.count) == (values[mask].sum(), mask.sum())
+    assert total.value() == np.float32(values[mask].mean() if mask.any() else 0)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    values=WHOLE_NUMBERS,
+    mask=MASKS,
+    beneath=arrays.arrays(np.float32, SIZE, elements=strategies.sampled_from([7.0, 3e38, np.nan, np.inf, -np.inf])),
+)
+def test_what_lies_beneath_the_mask_changes_neither_a_mean_nor_its_gradient(values, mask, beneath):
+    def mean(values):
+        return Mean.of(values, mask).value()
+
+    changed = np.where(mask, values, beneath)
+    assert mean(changed) == mean(values)
+    np.testing.assert_array_equal(jax.grad(mean)(changed), jax.grad(mean)(values))
 
 
 def test_nothing_counted_is_zero_with_a_zero_gradient():

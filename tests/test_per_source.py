@@ -1,12 +1,15 @@
 """Numbers of each source, against the loss of its rows alone."""
 
 import dataclasses
+import functools
 import inspect
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from pjpo.metrics import Mean
 from pjpo.per_source import per_source
@@ -43,6 +46,44 @@ def test_each_source_has_the_numbers_of_its_rows_alone(name):
     total = metrics["source/x/loss"] + metrics["source/y/loss"]
     assert isinstance(total, Mean)
     np.testing.assert_allclose(total.sum, mean.sum, rtol=1e-6)
+
+
+@functools.cache
+def of_sources():
+    """(sources of 8 pairs, log-probs) -> metrics of DPO, in one program for whatever the numbers are."""
+    method = Method("dpo")
+    batch, _, ref_logps, _ = on_device(method.example())
+    loss = per_source(method.loss, ("x", "y", "z"))
+
+    @jax.jit
+    def metrics(sources, logps):
+        return loss(method.Config(), dataclasses.replace(batch, sources=sources), logps, ref_logps)[1]
+
+    return metrics
+
+
+SOURCES = strategies.lists(strategies.integers(0, 2), min_size=8, max_size=8).map(lambda rows: np.array(rows, np.int32))
+
+
+@hypothesis.given(sources=SOURCES)
+def test_sources_add_up_to_the_whole_however_rows_are_dealt(sources):
+    logps = Method("dpo").example().logps
+    metrics = of_sources()(sources, logps)
+    for name in ("rewards/chosen", "rewards/margins", "rewards/accuracies"):
+        total = functools.reduce(Mean.__add__, (metrics[f"source/{source}/{name}"] for source in "xyz"))
+        np.testing.assert_allclose(total.sum, metrics[name].sum, rtol=1e-5, atol=1e-6)
+        assert total.count == metrics[name].count
+
+
+@hypothesis.given(sources=SOURCES, seed=strategies.integers(0, 2**32 - 1))
+def test_a_source_does_not_hear_of_the_rows_of_others(sources, seed):
+    logps = Method("dpo").example().logps
+    noise = np.random.default_rng(seed).normal(size=logps.shape).astype(np.float32) * 100
+    changed = np.where((sources == 0)[:, None, None], logps, noise)
+    before, after = of_sources()(sources, logps), of_sources()(sources, changed)
+    for name in before:
+        if name.startswith("source/x/"):
+            assert (before[name].sum, before[name].count) == (after[name].sum, after[name].count), name
 
 
 def test_logging_by_source_changes_no_gradient():

@@ -2,9 +2,11 @@
 
 import types
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from pjpo.data.buckets import Buckets
 from pjpo.data.examples import Example
@@ -56,6 +58,13 @@ def test_length_bias():
     np.testing.assert_allclose(found["length/margin_correlation"], np.corrcoef(longer, margins)[0, 1])
     alike = panel.of_pairs(0.5, LOGPS, REF, np.full((4, 2), 3))
     assert [alike[f"length/{name}"] for name in ("longer_chosen", "longer_rewarded", "margin_correlation")] == [0] * 3
+
+
+@hypothesis.given(strategies.permutations(range(4)), strategies.integers(1, 3))
+def test_neither_the_order_of_pairs_nor_a_copy_of_all_changes_a_metric(order, copies):
+    rows = np.tile(order, copies)
+    expected = panel.of_pairs(0.5, LOGPS, REF, LENGTHS)
+    assert panel.of_pairs(0.5, LOGPS[rows], REF[rows], LENGTHS[rows]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_what_rounding_leaves_of_a_margin_rewards_no_length():

@@ -92,3 +92,26 @@ def test_what_is_no_share_or_no_beta_is_refused():
         ranking.idealised_accuracy(REF, np.array([0.5, 0.5, 0.5, 1.5]), 0.1)
     with pytest.raises(ValueError, match="beta must be > 0, got 0"):
         ranking.idealised_accuracy(REF, ALPHA, 0.0)
+
+
+@hypothesis.given(
+    arrays.arrays(np.float64, (12, 2), elements=nats),
+    arrays.arrays(np.float64, (12, 2), elements=nats),
+    strategies.permutations(range(12)),
+    strategies.integers(1, 11),
+)
+def test_shares_of_pairs_know_neither_their_order_nor_how_they_are_cut(logps, ref_logps, order, cut):
+    parts = [np.array(order[:cut]), np.array(order[cut:])]
+    for share in (
+        lambda rows: ranking.accuracy(logps[rows]),
+        lambda rows: ranking.reward_accuracy(logps[rows], ref_logps[rows]),
+    ):
+        pooled = sum(len(rows) * share(rows) for rows in parts) / 12
+        np.testing.assert_allclose(pooled, share(np.arange(12)), rtol=1e-12)
+
+
+@hypothesis.given(arrays.arrays(np.float64, (12, 2), elements=strategies.sampled_from([-3.0, -2.0, -1.0])))
+def test_turned_round_a_pair_is_ranked_the_other_way_and_a_tie_is_right_both_ways(logps):
+    ties = np.mean(logps[:, 0] == logps[:, 1])
+    assert ranking.accuracy(logps) + ranking.accuracy(logps[:, ::-1]) == pytest.approx(1 + ties)
+    assert ranking.order_accuracy(logps) == ranking.accuracy(logps)
