@@ -34,6 +34,11 @@ def test_each_row_gets_the_completion_of_the_next_row_that_is_not_padding():
     np.testing.assert_array_equal(found.prompt_tokens, batch.prompt_tokens)
 
 
+def test_two_completions_are_enough():
+    found = mismatched(make_batch((2, 0, 1), (1, 0, 1)))
+    np.testing.assert_array_equal(found.completion_tokens[:, 1, 0], [20, 0, 0])  # the padding keeps itself
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

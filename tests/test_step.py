@@ -97,9 +97,12 @@ def test_twenty_steps_of_adapters_agree_on_every_mesh(adapted, name):
 @pytest.mark.parametrize(
     "order", [pytest.param([7, 6, 5, 4, 3, 2, 1, 0], marks=pytest.mark.slow), [3, 0, 6, 5, 1, 7, 2, 4]]
 )
-def test_twenty_steps_agree_on_devices_in_any_order(adapted, order):
+@pytest.mark.parametrize(("one", "settings"), [("alone", {"num_layers": 1}), ("adapted", ADAPTERS)])
+def test_twenty_steps_agree_on_devices_in_any_order(one, settings, order, request):
+    """Of all weights and of adapters alone, within METRICS_BOUND and PARAMS_BOUND of one device."""
     devices = [jax.devices()[place] for place in order]
-    assert_same_trajectory(trajectory(make_mesh("2x2x2", devices), **ADAPTERS), adapted)
+    found = trajectory(make_mesh("2x2x2", devices), **settings)
+    assert_same_trajectory(found, request.getfixturevalue(one))
 
 
 @functools.cache

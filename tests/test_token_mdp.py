@@ -79,6 +79,13 @@ def test_an_end_token_ends_a_beam():
     logps = {(): [0.4, 0.6], (0,): [0.9, 0.1], (0, 0): [0.9, 0.1]}
     found = token_mdp.beam_search(lambda state: np.log(logps[state]), 3, 2, end=1)
     assert found == ((1,), pytest.approx(np.log(0.6)))
+    logps = {(): [0.9, 0.1], (0,): [0.1, 0.9], (0, 0): [0.5, 0.5]}  # the end after something else: nothing follows it
+    found = token_mdp.beam_search(lambda state: np.log(logps[state]), 3, 1, end=1)
+    assert found == ((0, 1), pytest.approx(np.log(0.81)))
+
+
+def test_the_shortest_search_is_the_likeliest_token():
+    assert token_mdp.beam_search(lambda state: np.log([0.3, 0.7]), 1, 1) == ((1,), pytest.approx(np.log(0.7)))
 
 
 def test_golden_token_rewards():
