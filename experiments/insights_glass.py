@@ -4,7 +4,7 @@
 
 The base model read Lewis Carroll; SFT shows it favourable film reviews; the instruct start is SFT with some DPO of its
 own. All train one epoch on the same pairs, which the SFT model wrote and VADER ranked (Saeidi et al. 2024). Reward on
-held-out openings along that epoch. Ten minutes on a CPU core.
+held-out openings along that epoch. 45 minutes on a CPU core.
 """
 
 import dataclasses
@@ -124,7 +124,6 @@ def gap(size: int) -> str:
 
 EXPERIMENT = Study(
     start=bench.Config(),
-    num_seeds=4,
     texts=reviews.Texts(num_reviews=1024, num_held_out=0, max_completion_tokens=32, label=1),
     sft=bench.Training(num_steps=96, batch_size=32, optimizer=optim.Config(learning_rate=2e-3, warmup_steps=5)),
     instruct=bench.Training(num_steps=16, batch_size=8, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),

@@ -134,7 +134,6 @@ EXPERIMENT = Study(
         data=preference.Config(path="", num_held_out=256, max_prompt_tokens=192, max_completion_tokens=64),
     ),
     training=bench.Training(num_steps=100, batch_size=8, optimizer=optim.Config(learning_rate=1e-5, warmup_steps=10)),
-    num_seeds=3,
     smoke={
         "start.model.source": "glassllm-en",
         "start.data.num_rows": 400,

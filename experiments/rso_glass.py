@@ -5,7 +5,7 @@
 A ranking model learns from pairs that VADER ordered. It then ranks samples of the start: the first ones (sft), the last
 games of a tournament of all (best-of-n), or those that rejection sampling accepts (rso), the same number of pairs each
 (Liu et al. 2023, sections 2, 3 and 5). Reward on held-out openings is VADER's, which nobody was trained on there.
-Ten minutes on a CPU core.
+Twenty minutes on a CPU core.
 """
 
 import dataclasses
@@ -124,7 +124,6 @@ EXPERIMENT = Study(
     ranking=bench.Training(
         num_steps=256, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=10, schedule="linear")
     ),
-    num_seeds=4,
     training=bench.Training(num_steps=32, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=5)),
     smoke={
         "num_ranking_openings": 40,

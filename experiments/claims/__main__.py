@@ -29,7 +29,7 @@ from experiments.claims import (
     token_credit,
     unpacking,
 )
-from experiments.claims.claim import run, table
+from experiments.claims.claim import run, seeds, table
 from pjpo import outputs, runs
 
 OFFLINE = (dpo, rdpo, rso, insights, reward_augmented, ranking, generalisation, differential_information, token_credit)
@@ -37,7 +37,7 @@ PAPERS = (*OFFLINE, grpo, rto, unpacking, online_dpo)
 CLAIMS = tuple(claim for paper in PAPERS for claim in paper.CLAIMS)
 HEADER = """# What the papers claim, in miniature
 
-`python -m experiments.claims` wrote this: {num_seeds} seeds, {date}, JAX {jax}, CPU, {minutes:.1f} minutes. Numbers are
+`python -m experiments.claims` wrote this: {seeds}, {date}, JAX {jax}, CPU, {minutes:.1f} minutes. Numbers are
 means over seeds ± half a 95 % t-interval; a difference is paired by seed, with its interval in brackets, and holds if
 the interval lies above zero (or above the bound that is given). A toy can refute a mechanism; it cannot show that a
 claim about large models is true. A claim that does not hold here stays in the table.
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     verdicts = [run(claim, options.num_seeds) for claim in tqdm.tqdm(CLAIMS, desc="claims", unit="claim", disable=None)]
     minutes = (time.perf_counter() - began) / 60
     header = HEADER.format(
-        num_seeds=options.num_seeds, date=datetime.date.today(), jax=jax.__version__, minutes=minutes
+        seeds=seeds(options.num_seeds), date=datetime.date.today(), jax=jax.__version__, minutes=minutes
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write_whole(options.out, f"{header}\n{table(verdicts)}\n{real(options.out.parent / 'studies')}")

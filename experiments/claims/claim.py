@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 Numbers = Mapping[str, float]
+FEWEST_SEEDS = 5  # that a published verdict may rest on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
 
 
-def run(claim: Claim, num_seeds: int = 5) -> Verdict:
+def seeds(number: int) -> str:
+    """How many there are, with a mark on too few."""
+    return f"{number} seeds" + (f" (**fewer than {FEWEST_SEEDS}**)" if number < FEWEST_SEEDS else "")
+
+
+def run(claim: Claim, num_seeds: int = FEWEST_SEEDS) -> Verdict:
     """
     Raises:
         ValueError: fewer than two seeds, which have no interval.

@@ -24,7 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments import registry
-from experiments.claims.claim import Above, Numbers, Within, interval
+from experiments.claims.claim import FEWEST_SEEDS, Above, Numbers, Within, interval, seeds
 from experiments.study import bench
 from pjpo import optim, report, runs, train
 from pjpo.experiment import describe, how_to_go_on
@@ -41,7 +41,7 @@ class Study(abc.ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # fields that may be empty
     start: Any  # what trainings begin from; a config whose `load()` gives what `measure` takes
     training: bench.Training
-    num_seeds: int = 5  # at least two; a study that goes on may have more
+    num_seeds: int = FEWEST_SEEDS  # at least two; a study that goes on may have more
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
 
     def __post_init__(self):
@@ -155,7 +155,7 @@ def markdown(name: str, study: Study, numbers: Sequence[Numbers], verdicts, minu
     lines = [
         f"### {study.paper}: `{name}`",
         "",
-        f"{study.setting} {len(numbers)} seeds, {datetime.date.today()}, JAX {jax.__version__}, "
+        f"{study.setting} {seeds(len(numbers))}, {datetime.date.today()}, JAX {jax.__version__}, "
         f"{jax.default_backend().upper()}, {minutes:.1f} minutes.",
         "",
         *(f"- {text}: **{word}**. {shown}" for text, word, shown in verdicts),

@@ -149,6 +149,7 @@ def test_a_study_has_a_command_line_too(command, begun, name):
     original = registry.get(name)
     assert value == registry.override(original, original.smoke | {"num_seeds": 3})
     assert value.training.num_steps < original.training.num_steps
+    assert original.num_seeds >= 5
     assert others == {"root": Path("there"), "resume": None}
     code, text = command(name, "--help")
     assert code == 0

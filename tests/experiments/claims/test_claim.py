@@ -68,10 +68,12 @@ def test_the_command_writes_the_table_with_the_studies_after_it(written, tmp_pat
     (tmp_path / "docs" / "studies").mkdir(parents=True)
     (tmp_path / "docs" / "studies" / "rdpo.md").write_text("### of a study\n")
     text = written("--num-seeds", "4")
-    assert "wrote this: 4 seeds" in text
+    assert "wrote this: 4 seeds (**fewer than 5**), " in text
     assert text.index("| yes |") < text.index("## On real models") < text.index("### of a study")
     assert capsys.readouterr().out.startswith("1 of 1 claims hold; ")
-    assert "**no**" in written("--num-seeds", "5")
+    text = written("--num-seeds", "5")
+    assert "wrote this: 5 seeds, " in text
+    assert "**no**" in text
     with pytest.raises(SystemExit, match="num_seeds must be >= 2 for an interval, got 1"):
         written("--num-seeds", "1")
     assert "**no**" in (tmp_path / "docs" / "claims.md").read_text()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -66,6 +68,20 @@ def test_the_table_has_a_place_for_every_number(folder):
     assert "- b beats a: **does not hold**. NOT b: x - a: x = -1 [-1, -1]" in lines
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "<h2>Plot</h2>" in (folder / "report.html").read_text()
+
+
+def test_a_verdict_on_few_seeds_is_marked(folder, said):
+    assert "Nothing is run. 3 seeds (**fewer than 5**), " in (folder / "result.md").read_text()
+    study.run("made_up", MadeUp(num_seeds=5), resume=folder, say=said.append)
+    assert "Nothing is run. 5 seeds, " in (folder / "result.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[3] / "docs" / "studies").glob("*.md")), ids=lambda path: path.stem
+)
+def test_what_is_published_has_five_seeds_or_says_so(path):
+    ((number, mark),) = re.findall(r" (\d+) seeds( \(\*\*fewer than 5\*\*\))?, 20", path.read_text())
+    assert bool(mark) == (int(number) < 5)
 
 
 def test_going_on_measures_new_seeds_alone(folder, said):
