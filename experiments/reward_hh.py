@@ -3,145 +3,144 @@
     python -m experiments.reward_hh --data.path pairs.jsonl --shifted other.jsonl more.jsonl
 
 Rows as `dpo_hh` reads them. Both start from one model and see the same pairs in the same order: one trains by DPO, the
-other a scalar head by the Bradley-Terry loss (Lin et al. 2024). Then each tells chosen from rejected, among pairs that
-it has seen, others of the same file, and those of the shifted files: other prompts, or responses of other origin. With
-SmolLM2, as it stands, hours on a CPU core; with `--model.source=glassllm-en --data.max-prompt-tokens=64
---data.max-completion-tokens=63`, as it reads 128 tokens, minutes.
+other a scalar head by the Bradley-Terry loss (Lin et al. 2024). Along training each tells chosen from rejected, among
+pairs that it learns from, others of the same file, and those of the shifted files: other prompts, or responses of other
+origin. They are compared at the end, and where they fit their training pairs alike. With SmolLM2, as it stands, hours
+on a CPU core; with `--model.source=glassllm-en --data.max-prompt-tokens=64 --data.max-completion-tokens=63`, as it
+reads 128 tokens, 20 minutes.
 """
 
 import dataclasses
-import types
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
-import jax
 import numpy as np
 import tyro
 
-from experiments.study import bench, study
-from pjpo import models, optim, pairs
+from experiments.study import bench, pair_files, study
+from experiments.study.pair_files import accuracy, longer
+from pjpo import optim
 from pjpo.data import preference
-from pjpo.data.batches import in_order
-from pjpo.data.buckets import collate
-from pjpo.data.examples import Example, Examples, hold_out
+from pjpo.data.examples import hold_out
 from pjpo.experiment import Model
-from pjpo.logps import sum_completion
 from pjpo.methods import dpo, reward_model
-from pjpo.types import CHOSEN, REJECTED, Batch
 
 EXPLICIT, IMPLICIT, LENGTH = "explicit", "implicit", "length alone"
+MATCHED = "{}, matched"  # where both fit training pairs alike
 SEEN, HELD_OUT, SHIFTED = "training pairs", "held-out pairs", "shifted, mean"
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs(bench.Bench):
-    """The start of both, and what they are trained and asked on."""
-
-    pairs: Examples
-    shifted: dict[str, Sequence[Example]]  # by the file's name
-
-    def margins(self, name: str, params: dict, rows: Sequence[Example]) -> np.ndarray:
-        """By how much the reward prefers chosen [n]."""
-
-        def rewards(batch: Batch):
-            if name == EXPLICIT:
-                return self.policy.scores(params, batch)
-            ratios = self.policy.logps(params, batch) - self.policy.logps(self.params, batch)
-            return sum_completion(ratios, batch.loss_mask)
-
-        batches = in_order(rows, 8, bench.buckets_of(rows))
-        return np.concatenate([pairs.margins(rewards(batch)) for batch in batches])[: len(rows)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
-    model: Model  # with a scalar head
-    data: preference.Config  # num_held_out of its pairs are drawn anew by every seed
-    shifted: tuple[str, ...] = ()  # files of pairs from elsewhere
-
-    def load(self) -> Pairs:
-        reader = types.SimpleNamespace(tokenizer=models.tokenizer(self.model.source))
-        everything = dataclasses.replace(self.data, num_held_out=0)
-        files = {path: dataclasses.replace(everything, path=path) for path in (self.data.path, *self.shifted)}
-        found = {path: config.build(reader) for path, config in files.items()}
-        print(*(data.about for data in found.values()), sep="\n")
-        rows, *shifted = ((Path(path).name, data.train) for path, data in found.items())
-        start = bench.Config(model=self.model).load()
-        every = [example for _, rows in (rows, *shifted) for example in rows]
-        # What is too long for the model is refused here, before any training.
-        jax.eval_shape(start.policy.logps, start.params, collate(every[:1], bench.buckets_of(every)))
-        return Pairs(start.config, start.policy, start.params, start.tokenizer, rows[1], dict(shifted))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(study.Study):
     paper: ClassVar = "Limited Generalization of the Implicit Reward, Lin et al. 2024"
-    start: Annotated[Start, tyro.conf.arg(name="")]
+    start: Annotated[pair_files.Start, tyro.conf.arg(name="")]
     beta: float = 0.1  # of DPO
     num_asked: int = 256  # pairs of each kind, at most
 
     @property
     def setting(self) -> str:
-        source, name = self.start.model.source, Path(self.start.data.path).name
+        source, name = self.start.model.source, self.start.name
         return f"Pairs told rightly by DPO's implicit reward and by a reward model, both of {source} and `{name}`."
 
-    def measure(self, start: Pairs, seed: int) -> dict[str, float]:
+    @property
+    def updates(self) -> tuple[int, ...]:
+        return (*self.training.looks, self.training.num_steps)
+
+    def measure(self, start: pair_files.Pairs, seed: int) -> dict[str, float]:
         prompts = [example.prompt.tobytes() for example in start.pairs]
         train, held_out = hold_out(start.pairs, prompts, self.start.data.num_held_out, seed)
         sets = {SEEN: train, HELD_OUT: held_out, **start.shifted}
         sets = {name: rows[: self.num_asked] for name, rows in sets.items()}
-        found = {}
+        start_of = {
+            EXPLICIT: dict.fromkeys(sets, 0.0),
+            IMPLICIT: {of: start.logp_margins(start.params, rows) for of, rows in sets.items()},
+        }
+        margins = {EXPLICIT: start.score_margins, IMPLICIT: start.logp_margins}
+
+        def told(name: str, params: dict) -> dict[str, float]:
+            return {of: accuracy(margins[name](params, rows) - start_of[name][of]) for of, rows in sets.items()}
+
+        looks = {}
         for name, loss, config, reference in (
             (EXPLICIT, reward_model.loss, reward_model.Config(), "none"),
             (IMPLICIT, dpo.loss, dpo.Config(beta=self.beta), "online"),
         ):
-            ((params, _),) = start.fit(loss, config, train, self.training, seed=seed, reference=reference)
-            found |= {f"{name}: {of}": accuracy(start.margins(name, params, rows)) for of, rows in sets.items()}
+            trained = start.fit(loss, config, train, self.training, seed=seed, reference=reference)
+            looks[name] = [told(name, params) for params, _ in trained]
         rule = np.sign(longer(train).mean())  # what length says of the pairs that are learned from
-        found |= {f"{LENGTH}: {of}": accuracy(rule * longer(rows)) for of, rows in sets.items()}
-        for name in (EXPLICIT, IMPLICIT, LENGTH) if start.shifted else ():
-            found[f"{name}: {SHIFTED}"] = float(np.mean([found[f"{name}: {of}"] for of in start.shifted]))
-        return found
+        rows = {name: path[-1] for name, path in looks.items()}
+        rows[LENGTH] = {of: accuracy(rule * longer(examples)) for of, examples in sets.items()}
+        for name, number in alike(looks).items():
+            rows[MATCHED.format(name)] = looks[name][number] | {"updates": self.updates[number]}
+        for name, path in looks.items():
+            rows |= {along(name, number): shares for number, shares in zip(self.updates[:-1], path, strict=False)}
+        for shares in rows.values() if start.shifted else ():
+            shares[SHIFTED] = float(np.mean([shares[of] for of in start.shifted]))
+        return {f"{row}: {of}": share for row, shares in rows.items() for of, share in shares.items()}
 
     def claims(self) -> study.Claims:
-        explicit, implicit = (f"{name}: {HELD_OUT}" for name in (EXPLICIT, IMPLICIT))
-        alike = (study.Above(explicit, implicit, by=-0.05), study.Above(implicit, explicit, by=-0.05))
-        claims = {"in distribution the two tell pairs alike, to 5 points": alike}
-        if self.start.shifted:
-            more = study.Above(f"{EXPLICIT}: {SHIFTED}", f"{IMPLICIT}: {SHIFTED}")
-            claims["out of distribution the explicit reward model tells more pairs"] = (more,)
+        claims = {}
+        for when, row in (("at the end", "{}"), ("where they fit training pairs alike", MATCHED)):
+            explicit, implicit = (row.format(name) for name in (EXPLICIT, IMPLICIT))
+            here, there = f"{explicit}: {HELD_OUT}", f"{implicit}: {HELD_OUT}"
+            claims[f"{when}, in distribution the two tell pairs alike, to 5 points"] = (
+                study.Above(here, there, by=-0.05),
+                study.Above(there, here, by=-0.05),
+            )
+            if self.start.shifted:
+                claims[f"{when}, out of distribution the explicit reward model tells more pairs"] = (
+                    study.Above(f"{explicit}: {SHIFTED}", f"{implicit}: {SHIFTED}"),
+                )
         return claims
 
     def panels(self) -> list[study.Panel]:
-        sets = [SEEN, HELD_OUT, *(Path(path).name for path in self.start.shifted)]
-        curves = {name: [(of, f"{name}: {of}") for of in sets] for name in (EXPLICIT, IMPLICIT, LENGTH)}
-        return [study.Panel(title="Pairs told rightly", xlabel="pairs", ylabel="share", curves=curves)]
+        def panel(title: str, *rows: str) -> study.Panel:
+            curves = {row: [(of, f"{row}: {of}") for of in (SEEN, HELD_OUT, *self.start.names)] for row in rows}
+            return study.Panel(title=title, xlabel="pairs", ylabel="share told rightly", curves=curves)
+
+        def path(name: str, of: str) -> list[tuple[int, str]]:
+            *before, last = self.updates
+            return [*((n, f"{along(name, n)}: {of}") for n in before), (last, f"{name}: {of}")]
+
+        both = (EXPLICIT, IMPLICIT)
+        curves = {f"{name}: {of}": path(name, of) for name in both for of in (SEEN, HELD_OUT)}
+        return [
+            panel("At the end", *both, LENGTH),
+            panel("Where training pairs are fit alike", *(MATCHED.format(name) for name in both), LENGTH),
+            study.Panel(title="Along training", xlabel="updates", ylabel="share told rightly", curves=curves),
+        ]
 
 
-def accuracy(margins: np.ndarray) -> float:
-    return float((np.sign(margins) + 1).mean() / 2)  # half of the ties
+def alike(looks: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, int]:
+    """Which look of each to compare: the last of the one that fits its training pairs less, and the other's nearest."""
+    least = min(path[-1][SEEN] for path in looks.values())
+    return {
+        name: min(range(len(path)), key=lambda number: (abs(path[number][SEEN] - least), -number))
+        for name, path in looks.items()
+    }
 
 
-def longer(rows: Sequence[Example]) -> np.ndarray:
-    """By how many tokens chosen is longer [n]."""
-    return np.array([len(row.completions[CHOSEN]) - len(row.completions[REJECTED]) for row in rows], np.float32)
+def along(name: str, updates: int) -> str:
+    return f"{name}, {updates} updates"
 
 
 EXPERIMENT = Study(
-    start=Start(
+    start=pair_files.Start(
         model=Model(source="smollm2-135m-instruct", scalar_head=True),
         data=preference.Config(path="", num_held_out=256, max_prompt_tokens=192, max_completion_tokens=64),
     ),
-    training=bench.Training(num_steps=100, batch_size=8, optimizer=optim.Config(learning_rate=1e-5, warmup_steps=10)),
+    training=bench.Training(
+        num_steps=100, looks=(20, 40, 60, 80), batch_size=8, optimizer=optim.Config(learning_rate=1e-5, warmup_steps=10)
+    ),
     smoke={
         "start.model.source": "glassllm-en",
         "start.data.num_rows": 400,
         "start.data.num_held_out": 8,
         "start.data.max_prompt_tokens": 80,
         "start.data.max_completion_tokens": 40,
-        "training.num_steps": 2,
-        "training.optimizer": optim.Config(learning_rate=1e-3, warmup_steps=1),
+        "training": bench.Training(
+            num_steps=2, looks=(1,), batch_size=8, optimizer=optim.Config(learning_rate=1e-3, warmup_steps=1)
+        ),
         "num_seeds": 2,
     },
 )

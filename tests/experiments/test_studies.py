@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vaderSentiment", reason="needs the extra 'rewards'")
 
 from experiments import frontier_glass, goals_glass, registry, reward_hh, rto_sentiment
-from experiments.study import bench, stages
+from experiments.study import bench, pair_files, stages
 from pjpo import relabel
 from pjpo.data import preference
 from pjpo.experiment import Model
@@ -95,29 +95,77 @@ def test_pairs_that_are_too_long_for_the_model_are_refused(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     data = preference.Config(path=str(path), max_prompt_tokens=200, max_completion_tokens=200)
     with pytest.raises(ValueError, match=r"prompt width .* exceeds the model's 128 positions"):
-        reward_hh.Start(model=Model(source="glassllm-en", scalar_head=True), data=data).load()
+        pair_files.Start(model=Model(source="glassllm-en", scalar_head=True), data=data).load()
 
 
-def test_rewards_of_pairs_from_files(tmp_path):
-    begin = reward_hh.Start(
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Of 40 pairs each: one to learn from, two from elsewhere."""
+    root = tmp_path_factory.mktemp("pairs")
+    first, *others = (str(write_pairs(root / f"{name}.jsonl", seed)) for seed, name in enumerate(("a", "b", "c")))
+    return pair_files.Start(
         model=Model(source="glassllm-en", scalar_head=True),
-        data=preference.Config(path=str(write_pairs(tmp_path / "pairs.jsonl")), num_held_out=8),
-        shifted=(str(write_pairs(tmp_path / "others.jsonl", seed=1)),),
+        data=preference.Config(path=first, num_held_out=8),
+        shifted=tuple(others),
     )
-    pairs = begin.load()
-    assert (len(pairs.pairs), list(pairs.shifted)) == (40, ["others.jsonl"])
-    for name in (reward_hh.EXPLICIT, reward_hh.IMPLICIT):  # a new head, and the reference itself, have no opinion
-        margins = pairs.margins(name, pairs.params, pairs.pairs)
-        assert margins.shape == (40,)
-        assert reward_hh.accuracy(np.round(margins, 3)) == 0.5
+
+
+def test_files_of_one_name_are_refused(files):
+    with pytest.raises(ValueError, match=r"told apart by their names, and \['b.jsonl'\] come twice; rename one"):
+        dataclasses.replace(files, shifted=("here/b.jsonl", "there/b.jsonl"))
+
+
+def test_rewards_of_pairs_from_files(files):
+    pairs = files.load()
+    assert (len(pairs.pairs), list(pairs.shifted)) == (40, ["b.jsonl", "c.jsonl"])
+    assert pairs.score_margins(pairs.params, pairs.pairs).tolist() == [0.0] * 40  # a new head has no opinion
+    batch = bench.batch_of(pairs.pairs[:8])
     drawn = np.random.default_rng(0).normal(size=pairs.policy.config.model_dim).astype(np.float32)
     params = pairs.params | {"scalar_head": {"kernel": jax.numpy.asarray(drawn)}}
-    margins = pairs.margins(reward_hh.EXPLICIT, params, pairs.pairs)
-    scores = pairs.policy.scores(params, bench.batch_of(pairs.pairs[:8]))
+    scores = pairs.policy.scores(params, batch)
+    margins = pairs.score_margins(params, pairs.pairs)
+    assert margins.shape == (40,)
     np.testing.assert_allclose(margins[:8], scores[:, CHOSEN] - scores[:, REJECTED], atol=1e-4)
-    weights = pairs.params["params"]
-    changed = pairs.params | {"params": weights | {"embed": {"table": 0.5 * weights["embed"]["table"]}}}
-    batch = bench.batch_of(pairs.pairs[:8])
-    ratios = (pairs.policy.logps(changed, batch) - pairs.policy.logps(pairs.params, batch)).sum(-1)
-    margins = pairs.margins(reward_hh.IMPLICIT, changed, pairs.pairs)
-    np.testing.assert_allclose(margins[:8], ratios[:, CHOSEN] - ratios[:, REJECTED], atol=1e-3)
+    sums = pairs.policy.logps(pairs.params, batch).sum(-1)
+    margins = pairs.logp_margins(pairs.params, pairs.pairs)
+    np.testing.assert_allclose(margins[:8], sums[:, CHOSEN] - sums[:, REJECTED], atol=1e-3)
+
+
+def test_rewards_are_compared_at_the_end_and_where_they_fit_their_pairs_alike(files, monkeypatch):
+    """One row of numbers for each; explicit tells 10, 20, 30 % of the training pairs, implicit 25, 40, 90 %."""
+    pairs = files.load()
+    told = {"score_margins": [0.1, 0.2, 0.3], "logp_margins": [0.25, 0.4, 0.9]}
+    looks = [0]
+
+    def fit(self, loss, config, rows, training, *, seed, reference):
+        for number in range(3):
+            looks[0] = number
+            yield ("trained", {})
+
+    def margins(name):
+        def of(self, params, rows):
+            if params != "trained":
+                return np.full(len(rows), 5.0)  # the reference's own, which do not count
+            right = np.arange(len(rows)) < np.rint(told[name][looks[0]] * len(rows))
+            return np.where(right, 1.0, -1.0) + (5.0 if name == "logp_margins" else 0.0)
+
+        return of
+
+    monkeypatch.setattr(pair_files.Pairs, "fit", fit)
+    for name in told:
+        monkeypatch.setattr(pair_files.Pairs, name, margins(name))
+    study = dataclasses.replace(
+        reward_hh.EXPERIMENT, start=files, training=bench.Training(num_steps=9, looks=(3, 6)), num_asked=20
+    )
+    found = study.measure(pairs, 0)
+    assert found["explicit: training pairs"] == pytest.approx(0.3)
+    assert found["implicit: training pairs"] == pytest.approx(0.9)
+    assert (found["explicit, matched: updates"], found["implicit, matched: updates"]) == (9, 3)
+    assert found["explicit, matched: b.jsonl"] == pytest.approx(0.3)
+    assert found["implicit, matched: b.jsonl"] == pytest.approx(0.25)
+    assert found["implicit, 6 updates: shifted, mean"] == pytest.approx(0.4)
+    assert found["implicit: shifted, mean"] == pytest.approx(0.9)
+    for check in (check for checks in study.claims().values() for check in checks):
+        check.judge([found, found])
+    for panel in study.panels():
+        assert all(name in found for points in panel.curves.values() for _, name in points)
