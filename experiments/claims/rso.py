@@ -104,14 +104,14 @@ CLAIMS = (
         Claim(
             paper=PAPER,
             text=f"pairs from the rejection-sampled policy beat SFT samples, which beat given pairs ({form})",
-            setting="61 responses, one-parameter policy, 64 prompts with 4 sampled pairs each, gamma = beta = 0.5; "
-            "expected gold reward",
+            setting="61 responses, one-parameter policy, 64 prompts with 4 sampled pairs each, gamma = beta = 0.5; the "
+            "gold reward tilts, and its Bradley-Terry odds label, in place of a trained ranking; expected gold reward",
             measure=functools.partial(sources, form),
             checks=(
                 Above("rso-sample-rank", "sft-sample-rank"),
                 Above("sft-sample-rank", "direct"),
             ),
         )
-        for form in ("sigmoid_norm", "hinge_norm")
+        for form in rso.FORMS
     ),
 )

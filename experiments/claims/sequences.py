@@ -40,6 +40,20 @@ class Table:
             tokens[:, t] = before = np.minimum(drawn, self.shape[2] - 1)
         return tokens
 
+    def expectations(self, params: jax.Array, reference: jax.Array, rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(reward of a sequence, its KL to the reference in nats), exactly, for rewards of its tokens [V]."""
+        policy, log_ratios = jax.nn.softmax(params), jax.nn.log_softmax(params) - jax.nn.log_softmax(reference)
+
+        def advance(before, place):
+            policy, log_ratios = place  # [V + 1, V]
+            tokens = before @ policy
+            after = jnp.pad(tokens, (0, 1))  # something was before
+            return after, (tokens @ rewards, before @ (policy * log_ratios).sum(-1))
+
+        nothing = jax.nn.one_hot(self.shape[2], self.shape[1])
+        gained, kl = jax.lax.scan(advance, nothing, (policy, log_ratios))[1]
+        return gained.sum(), kl.sum()
+
     def fit(self, sequences: np.ndarray, smoothing: float = 0.1) -> jax.Array:
         """The likeliest table for these sequences [n, T], with `smoothing` added to each count."""
         counts = np.full(self.shape, smoothing)
@@ -53,11 +67,18 @@ def train(
     policy: Table, loss: Callable, method: Any, start: jax.Array, batch: Batch, *, num_steps: int, learning_rate: float
 ) -> jax.Array:
     """Full-batch Adam from `start`, which is also the reference where the loss has one."""
-    return _train(policy.shape, loss, method, start, batch, num_steps, learning_rate)
+    return path(policy, loss, method, start, batch, num_steps=num_steps, learning_rate=learning_rate)[-1]
+
+
+def path(
+    policy: Table, loss: Callable, method: Any, start: jax.Array, batch: Batch, *, num_steps: int, learning_rate: float
+) -> jax.Array:
+    """As `train`, with what each step arrives at, [num_steps, ...]."""
+    return _path(policy.shape, loss, method, start, batch, num_steps, learning_rate)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5, 6))
-def _train(shape, loss, method, start, batch, num_steps, learning_rate):
+def _path(shape, loss, method, start, batch, num_steps, learning_rate):
     policy, optimizer = Table(shape[0], shape[2]), optax.adam(learning_rate)
     has_reference = inspect.signature(loss).parameters["ref_logps"].annotation is not None
     ref_logps = policy.logps(start, batch) if has_reference else None
@@ -68,9 +89,10 @@ def _train(shape, loss, method, start, batch, num_steps, learning_rate):
     def update(carry, _):
         params, state = carry
         updates, state = optimizer.update(jax.grad(objective)(params), state)
-        return (optax.apply_updates(params, updates), state), None
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
 
-    return jax.lax.scan(update, (start, optimizer.init(start)), length=num_steps)[0][0]
+    return jax.lax.scan(update, (start, optimizer.init(start)), length=num_steps)[1]
 
 
 def pairs(first: np.ndarray, second: np.ndarray, prefers_first: np.ndarray) -> Batch:

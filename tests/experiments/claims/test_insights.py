@@ -31,3 +31,14 @@ def test_margins(name, num_steps, margin):
 def test_ipo_stops_at_its_margin(beta, probability, monkeypatch):
     monkeypatch.setitem(insights.FIXED, "ipo", (ipo, ipo.Config(beta=beta), 0.1))
     np.testing.assert_allclose(1 / (1 + np.exp(-insights.margin("ipo", 10_000))), probability, atol=1e-7)
+
+
+def test_sizes_are_compared_from_the_sft_start(monkeypatch):
+    def start_points(num_pairs, seed):
+        return {
+            f"{name} from {start}": seed + num_pairs + (start == "sft") for name in "xy" for start in insights.STARTS
+        }
+
+    monkeypatch.setattr(insights, "start_points", start_points)
+    monkeypatch.setattr(insights, "METHODS", {"x": None, "y": None})
+    assert insights.sizes(3) == {f"{n}, {pairs} pairs": 4 + pairs for n in "xy" for pairs in (100, 1000, 10_000)}

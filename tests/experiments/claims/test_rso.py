@@ -21,3 +21,16 @@ def test_population_optima(form, source, reward, a):
     found = rso.population(form, source)
     np.testing.assert_allclose(found[1], a, atol=1e-4)
     np.testing.assert_allclose(found[0], reward, atol=2e-5)
+
+
+@pytest.mark.parametrize("source", rso.SOURCES)
+def test_the_hinge_s_optimum_reads_no_reference(source):
+    """A plain search over the tilt for the least mean of max(0, 1 - gamma (log pi(winner) - log pi(loser)))."""
+    tilts = np.linspace(-3, 6, 901)
+    logps = np.log(rso.SFT)[None] + tilts[:, None] * rso.GRID
+    margins = logps[:, :, None] - logps[:, None]  # the normaliser cancels
+    p, rewards = rso.SOURCES[source], rso.REWARDS
+    weights = np.outer(p, p) / (1 + np.exp(rewards[None] - rewards[:, None]))
+    np.fill_diagonal(weights, 0)
+    best = tilts[np.argmin((weights * np.maximum(0, 1 - 0.5 * margins)).sum((1, 2)))]
+    assert rso.population("hinge", source)[1] == pytest.approx(best, abs=0.011)
