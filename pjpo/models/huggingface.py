@@ -82,8 +82,10 @@ def _files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no 'weight_map' from tensors to files; fetch it again")
         wanted = sorted(set(map(str, weight_map.values())))
     for name in wanted:
-        if name != Path(name).name:
-            raise ValueError(f"{index} names {name!r}; allowed: files of its own folder, without a path")
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
+            raise ValueError(
+                f"{index} names {name!r:.100}; allowed: files of its own folder, without a path, NAME.safetensors"
+            )
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing{_pickled(folder)}")
     return [folder / name for name in wanted]

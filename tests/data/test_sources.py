@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pjpo.data import json_lines
 from pjpo.data.sources import open_source
+from tests.bounded import bounded
 from tests.data.fakes import result_or_words, write_rows
 
 TEXT = tfds.features.Text()
@@ -99,23 +100,61 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         source[1]
 
 
-@settings(max_examples=100)
-@given(
-    st.binary(max_size=60)
-    | st.lists(st.sampled_from([b'{"a": 1}', b"\n", b"[", b"1e999", b'"\\ud800"', b"\xff", b"null"]))
+FEW = settings(max_examples=100)  # always the same
+MANY = settings(max_examples=3000, derandomize=False, database=None)
+PIECES = [
+    b'{"a": 1}',
+    b"\n",
+    b"\r\n",
+    b"[",
+    b"{",
+    b'"',
+    b"1e999",
+    b'"\\ud800"',
+    b"\xff",
+    b"null",
+    b"[" * 9999,
+    b"9" * 9999,
+]
+
+
+@pytest.mark.parametrize(
+    "examples", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
 )
-def test_any_file_is_read_or_refused_by_line(tmp_path_factory, content):
-    content = content if isinstance(content, bytes) else b"".join(content)
-    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
-    for name, data in (("rows.jsonl", content), ("rows.jsonl.gz", gzip.compress(content))):
-        (path.parent / name).write_bytes(data)
-        source = open_source(str(path.parent / name))
-        numbers = [number for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-        if not content.startswith(b"\xef\xbb\xbf"):
-            assert [source.place(i) for i in range(len(source))] == [f"{name}:{number}" for number in numbers]
-        for i in range(len(source)):
-            row, words = result_or_words(lambda i=i, source=source: source[i], ValueError)
-            assert words.startswith(source.place(i)) if words else isinstance(row, dict)
+def test_any_file_is_read_or_refused_by_line(tmp_path, examples):
+    @examples
+    @given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=9).map(b"".join))
+    @bounded()
+    def each(content):
+        for name, data in (("rows.jsonl", content), ("rows.jsonl.gz", gzip.compress(content))):
+            (tmp_path / name).write_bytes(data)
+            source = open_source(str(tmp_path / name))
+            numbers = [number for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+            if not content.startswith(b"\xef\xbb\xbf"):
+                assert [source.place(i) for i in range(len(source))] == [f"{name}:{number}" for number in numbers]
+            for i in range(len(source)):
+                row, words = result_or_words(lambda i=i, source=source: source[i], ValueError)
+                assert words.startswith(source.place(i)) if words else isinstance(row, dict)
+
+    each()
+
+
+@pytest.mark.parametrize(
+    "examples", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
+)
+def test_any_damaged_gzip_file_is_read_or_refused_by_name(tmp_path, examples):
+    whole = gzip.compress(b'{"a": 1}\n' * 99)
+
+    @examples
+    @given(st.integers(0, len(whole)), st.binary(max_size=4), st.integers(0, 4), st.integers(0, len(whole)))
+    @bounded()
+    def each(place, put_in, taken_out, kept):
+        damaged = whole[:place] + put_in + whole[place + taken_out :]
+        (tmp_path / "rows.jsonl.gz").write_bytes(damaged if kept % 2 else damaged[:kept])
+        source, words = result_or_words(lambda: open_source(str(tmp_path / "rows.jsonl.gz")), ValueError)
+        assert "rows.jsonl.gz is not a whole gzip file" in words if words else len(source) <= 99
+
+    each()
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])

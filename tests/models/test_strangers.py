@@ -1,11 +1,10 @@
 """Model files from strangers, damaged or made to harm: a named error, soon, in little memory, and no code is run."""
 
-import contextlib
+import functools
 import json
 import pathlib
 import pickle
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -14,47 +13,19 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies
+from safetensors.numpy import save_file
 
-from pjpo import sandbox
+from pjpo import chat, sandbox
 from pjpo.models import load
+from tests.bounded import SECONDS, bounded
 from tests.models import tiny_llama
 
-SECONDS, BYTES, ROOM = 20, 2**27, 2**28  # each may take a thousandth of that; what is refused here would take for ever
+ROOM = 2**28  # bytes for a template; what is refused here would take all there are
 CONFIG = tiny_llama.CONFIG | {"vocab_size": len(tiny_llama.vocabulary()), "num_hidden_layers": 1}
-EXAMPLES = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+FEW = hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))  # always the same
+MANY = hypothesis.settings(FEW, max_examples=3000, derandomize=False, database=None)
 
 UINT8, UINT32, FLOAT32, STRING, ARRAY = 0, 4, 6, 8, 9  # types of GGUF's values
-
-
-class TooLong(BaseException):
-    """Nothing under test may catch it."""
-
-
-def memory(name):
-    """VmRSS, VmHWM (its highest) or another of this process, in bytes; native allocations count."""
-    [line] = [line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-    return int(line.split()[1]) * 1024
-
-
-@contextlib.contextmanager
-def bounded():
-    """Ends the test where it takes too much of the processor's time, and looks at how far memory grew."""
-
-    def stop(number, frame):
-        raise TooLong(f"still at it after {SECONDS} seconds")
-
-    linux = sys.platform == "linux"
-    if linux:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # what is highest counts from here
-    start = linux and memory("VmRSS")
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-        assert not linux or memory("VmHWM") - start < BYTES
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def problem(function, *arguments, **settings):
@@ -70,13 +41,14 @@ def problem(function, *arguments, **settings):
 def loads_or_says_why(path):
     """Whichever it is; what is said names the file."""
     said = problem(load, path)
-    assert said is None or (str(path) in said and len(said) < 2000), said
+    assert said is None or (str(path) in said and len(said) < 2000 and said.encode()), said
 
 
 def refused(path, message="."):
     with bounded(), pytest.raises(ValueError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
+    assert str(caught.value).encode()  # it can be printed
 
 
 def text(value):
@@ -157,8 +129,16 @@ def whole(tmp_path_factory):
     )
     (root / "folder" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
     write_gguf(root / "tiny.gguf")
-    load(root / "folder")
-    load(root / "tiny.gguf")
+    shutil.copytree(root / "folder", root / "sharded")
+    (root / "sharded" / "model.safetensors").unlink()
+    weights = tiny_llama.tensors(CONFIG)
+    weight_map = {name: SHARDS[i % 2] for i, name in enumerate(weights)}
+    for shard in SHARDS:
+        held = {name: value for name, value in weights.items() if weight_map[name] == shard}
+        save_file(held, root / "sharded" / shard)
+    (root / "sharded" / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    for name in ("folder", "sharded", "tiny.gguf"):
+        load(root / name)
     return root
 
 
@@ -178,8 +158,24 @@ def damage(draw, content):
     return bytes(content[: draw(strategies.integers(0, len(content)))] if draw(strategies.booleans()) else content)
 
 
-@EXAMPLES
-@hypothesis.given(strategies.data())
+def fuzzed(test):
+    """The test of one example as a test of few, and as a slow one of many, other ones each time."""
+
+    @functools.wraps(test)
+    def run(whole, examples):
+        @examples
+        @hypothesis.given(strategies.data())
+        def each(data):
+            test(whole, data)
+
+        each()
+
+    del run.__wrapped__  # pytest would ask for its arguments
+    many = pytest.param(MANY, id="many", marks=pytest.mark.slow)
+    return pytest.mark.parametrize("examples", [pytest.param(FEW, id="few"), many])(run)
+
+
+@fuzzed
 def test_damaged_gguf(whole, data):
     path = whole / "damaged.gguf"
     path.write_bytes(data.draw(damage((whole / "tiny.gguf").read_bytes())))
@@ -187,15 +183,21 @@ def test_damaged_gguf(whole, data):
 
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+INDEX, SHARDS = "model.safetensors.index.json", ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+PLACES = [*(("folder", name) for name in FILES), *(("sharded", name) for name in (INDEX, INDEX, SHARDS[0]))]
 
 
-@EXAMPLES
-@hypothesis.given(strategies.data())
+def damaged_copy(whole, data, files, change):
+    """Of a folder, with one of its files changed."""
+    folder, name = data.draw(strategies.sampled_from(files))
+    copy = shutil.copytree(whole / folder, whole / f"damaged_{folder}", dirs_exist_ok=True)
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return copy
+
+
+@fuzzed
 def test_damaged_folder(whole, data):
-    folder, name = whole / "damaged", data.draw(strategies.sampled_from(FILES))
-    shutil.copytree(whole / "folder", folder, dirs_exist_ok=True)
-    (folder / name).write_bytes(data.draw(damage((folder / name).read_bytes())))
-    loads_or_says_why(folder)
+    loads_or_says_why(damaged_copy(whole, data, PLACES, lambda content: data.draw(damage(content))))
 
 
 ODD = strategies.recursive(
@@ -222,15 +224,12 @@ def another_value(draw, tree):
     return changed
 
 
-@EXAMPLES
-@hypothesis.given(strategies.data())
+@fuzzed
 def test_json_that_says_something_else(whole, data):
-    folder = whole / "odd"
-    shutil.copytree(whole / "folder", folder, dirs_exist_ok=True)
-    name = data.draw(strategies.sampled_from([name for name in FILES if name.endswith(".json")]))
-    tree = data.draw(another_value(json.loads((folder / name).read_text())))
-    (folder / name).write_text(json.dumps(tree))
-    loads_or_says_why(folder)
+    def change(content):
+        return json.dumps(data.draw(another_value(json.loads(content)))).encode()
+
+    loads_or_says_why(damaged_copy(whole, data, [place for place in PLACES if place[1].endswith(".json")], change))
 
 
 HUGE = 2**60
@@ -285,12 +284,18 @@ def test_a_header_that_lies(folder):
         refused(folder, "damaged or cut short")
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "deeper/../../secret.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../secret.safetensors", "/etc/passwd", "deeper/../../secret.safetensors", "config.json", "", ".", ".."),
+        *("a" * 300 + ".safetensors", "\ud800.safetensors", "a\0b.safetensors", "a\n.safetensors", 3, None, ["a"]),
+    ],
+)
 def test_an_index_cannot_lead_out_of_the_folder(folder, name):
     shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
     names = tiny_llama.tensors(CONFIG)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
-    refused(folder, "names '.*'")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    refused(folder, r"index\.json names .{1,100}; allowed: files of its own folder, without a path, NAME\.safetensors$")
 
 
 @pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": None}}])
@@ -442,13 +447,32 @@ def test_a_template_reaches_nothing(num_steps):
         assert same, template
 
 
-@EXAMPLES
-@hypothesis.given(strategies.data())
+PUBLISHED = json.loads((pathlib.Path(__file__).parents[1] / "data_files" / "chat_reference.json").read_text("utf-8"))
+PIECES = (
+    *(
+        "{% for i in range(99999) %}",
+        "{% endfor %}",
+        "{% set messages = messages * 99 %}",
+        "{% macro f(x) %}",
+        "{{",
+        "}}",
+    ),
+    *(" ~ messages", " * 99999", "|join(messages|string)", "|tojson(indent=9)", "|list", "|map('string')", "|sort"),
+    *("'%s'*99 % ", ".format(messages)", "[1:]", " == messages", "[messages, messages]", ".replace('', 'ab')", "loop"),
+)
+
+
+@fuzzed
 def test_damaged_templates(whole, data):
-    _, _, tokenizer = load(whole / "folder")
-    source = (
-        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] | trim }}{% if not loop.last %}\n{% endif %}"
-    )
-    source += "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    tokenizer.chat_template = data.draw(damage(source.encode())).decode(errors="replace")
-    problem(tokenizer.render_chat, [{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    """Published ones with bytes changed and pieces of other templates put in, most of them still templates."""
+    source = data.draw(strategies.sampled_from(sorted(PUBLISHED["published"])))
+    source = PUBLISHED["published"][source]["template"]
+    for piece in data.draw(strategies.lists(strategies.sampled_from(PIECES), max_size=3)):
+        place = data.draw(strategies.integers(0, len(source)))
+        source = source[:place] + piece + source[place:]
+    if data.draw(strategies.booleans()):
+        source = data.draw(damage(source.encode())).decode(errors="replace")
+    conversation = PUBLISHED["conversations"][data.draw(strategies.sampled_from(sorted(PUBLISHED["conversations"])))]
+    variables = PUBLISHED["special_tokens"] | {name: v for name, v in conversation.items() if name != "messages"}
+    said = problem(chat.render, source, conversation["messages"], **variables)
+    assert said is None or (said.startswith("the chat template ") and len(said) < 3000), said
