@@ -7,7 +7,7 @@ SmolLM2-135M-Instruct completes lines such as "7 - 4 =" behind four solved ones;
 held-out problems, along training: greedy accuracy, and the share that samples solve.
 Expect, in about 30 minutes on a CPU core: greedy accuracy from 0.45 to 0.85 or more. Reached on 2026-11-23 (JAX
 0.10.2, seed 0, evaluated past the end of the line), at steps 0, 40, 80 and 120: 0.453, 0.844, 0.891 and 0.875 (standard
-errors 0.06 to 0.04); by samples, 0.39 to 0.87. By then most groups are all right, and teach nothing more.
+errors 0.06 to 0.04; docs/online_runs.md); by samples, 0.39 to 0.87. Most groups are all right then, and teach no more.
 """
 
 from experiments.registry import Experiment, Model, launch
