@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from experiments.study import bench, stages, study
-from pjpo import online, optim
+from pjpo import optim
 from pjpo.data import reviews
 from pjpo.experiment import Model
 from pjpo.methods import rto
@@ -48,13 +48,8 @@ class Study(study.Study):
         return self.training.num_steps * self.training.batch_size // self.prompts_per_rollout
 
     def measure(self, start: stages.Stages, seed: int) -> dict[str, float]:
-        config = online.Config(
-            rewards=start.learned(),
-            prompts_per_rollout=self.prompts_per_rollout,
-            num_completions=self.num_completions,
-            max_completion_tokens=start.config.max_completion_tokens,
-            halvings=0,  # few completions, most of them cut: another size would have to be compiled for little
-        )
+        assert start.dpo, "its config trains one"
+        config = start.rewarded(prompts_per_rollout=self.prompts_per_rollout, num_completions=self.num_completions)
         policies = {"params": start.dpo, "ref_params": start.sft, "dpo_params": start.dpo}
         prompts, every = start.prompts(self.num_openings), range(1, self.training.num_steps)
         found = dict(start.before)

@@ -352,8 +352,7 @@ class Rollouts:
         for failure in scores.failures[:3]:
             self._say(str(failure))
         totals = scores.total
-        last = np.take_along_axis(batch.completion_tokens, batch.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
-        truncated = ~np.isin(last, self.sampling.stop_tokens)
+        truncated = rollouts.truncated(batch, self.sampling.stop_tokens)
         if self.config.truncated == "penalise":
             totals = totals - self.config.truncation_penalty * truncated
         failed = np.isnan(totals)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from jaxtyping import Bool
 
 from pjpo import distributed
 from pjpo.sampling import Prompts, Sampling, sequence_keys
@@ -92,6 +93,12 @@ def pad(rows: Sequence, width: int | None = None) -> tuple[np.ndarray, np.ndarra
     tokens = np.zeros(mask.shape, np.int32)
     tokens[mask] = np.concatenate(rows)
     return tokens, mask
+
+
+def truncated(batch: Batch, stop_tokens: Sequence[int]) -> Bool[np.ndarray, "B N"]:
+    """Which completions were cut off: those whose last token is none that ends one."""
+    last = np.take_along_axis(batch.completion_tokens, batch.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
+    return ~np.isin(last, stop_tokens)
 
 
 def texts(batch: Batch, tokenizer) -> list[list[str]]:

@@ -8,6 +8,7 @@ from pjpo import rollouts
 from pjpo.models.decoder import Config
 from pjpo.models.policy import Policy
 from pjpo.sampling import Sampling
+from pjpo.types import Batch
 
 POLICY = Policy(
     Config(
@@ -86,6 +87,15 @@ def test_texts_are_prompt_and_completion_without_padding():
         for n in range(3):
             kept = batch.completion_tokens[b, n][: batch.completion_mask[b, n].sum()]
             assert texts[b][n] == "".join(chr(97 + i) for i in [*prompt, *kept])
+
+
+def test_what_does_not_end_is_cut_off():
+    tokens = np.array([[[7, 2, 0], [7, 8, 9], [2, 7, 2]], [[2, 7, 8], [9, 0, 0], [2, 0, 0]]])
+    mask = np.array([[[1, 1, 0], [1, 1, 1], [1, 1, 1]], [[1, 1, 1], [1, 0, 0], [1, 0, 0]]], bool)
+    batch = Batch.of(completion_tokens=tokens, completion_mask=mask)
+    expected = [[False, True, False], [True, True, False]]
+    np.testing.assert_array_equal(rollouts.truncated(batch, (2, 3)), expected)
+    assert rollouts.truncated(batch, ()).all()
 
 
 def test_no_prompts_are_refused():

@@ -19,7 +19,9 @@ from pjpo.data.examples import Example
 from pjpo.evals import panel
 from pjpo.experiment import Model, completed
 from pjpo.logps import sum_completion
+from pjpo.models.actor_critic import ActorCritic
 from pjpo.rewards import vader
+from pjpo.rewards.learned import RewardModel
 from pjpo.sampling import Sampling
 from pjpo.types import CHOSEN, Batch
 
@@ -48,6 +50,7 @@ class Config:
     opening_tokens: int = 8
     max_completion_tokens: int = 24
     num_completions: int = 8  # of each held-out opening
+    stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own
 
     def __post_init__(self):
         checks.at_least(self, 1, "num_held_out", "opening_tokens", "max_completion_tokens", "num_completions")
@@ -65,6 +68,10 @@ class Bench:
     params: dict  # the start
     tokenizer: Any
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return rollouts.stop_tokens(self.config.stop, self.tokenizer)
+
     def openings(self, use: reviews.Use, number: int, seed: int = 0) -> list[Example]:
         encode, num_tokens = self.tokenizer.encode, self.config.opening_tokens
         return reviews.openings(reviews.read(), use, number, num_tokens, encode, seed=seed)
@@ -73,7 +80,7 @@ class Bench:
         sampling = Sampling(
             num_completions=num_completions,
             max_completion_tokens=self.config.max_completion_tokens,
-            stop_tokens=self.tokenizer.stop_ids,
+            stop_tokens=self.stop_tokens,
         )
         prompts = [opening.prompt for opening in openings]
         return rollouts.rollouts(self.policy, params, prompts, key, sampling, batch_size=64)
@@ -147,20 +154,25 @@ class Bench:
         params: dict,
         ref_params: dict,
         dpo_params: dict | None = None,
+        critic: RewardModel | None = None,
         at: Sequence[int] = (),
     ) -> Iterator[tuple[dict, dict[str, float]]]:
         """Trains online from `params`, on rollouts of the openings; `batch_size` of the training is of openings.
 
         The reference stays `ref_params`, whatever the start; `dpo_params` are of the policy that RTO's rewards are by.
+        Values are those of a critic that starts as the reward model given, or else of the policy's own scalar head.
 
         Yields:
             As `fit` does; the metrics are the rollout's too.
         """
-        mesh = sharding.make_mesh()
+        mesh, policy = sharding.make_mesh(), self.policy
+        if critic:
+            policy = ActorCritic(policy, critic.policy)
+            params, ref_params = {"actor": params, "critic": critic.params}, {"actor": ref_params}
         batches = online.Rollouts(
             config,
             method,
-            self.policy,
+            policy,
             self.tokenizer,
             openings,
             batch_size=training.batch_size,
@@ -178,7 +190,8 @@ class Bench:
             functools.partial(policy.logps, dpo_params),
         )
         update = batches.timed(update)
-        yield from _looks(state, lambda state: update(state, None, batches.next(state)), training, at)
+        for trained, metrics in _looks(state, lambda state: update(state, None, batches.next(state)), training, at):
+            yield trained["actor"] if critic else trained, metrics
 
 
 def buckets_of(examples: Sequence[Example]) -> Buckets:

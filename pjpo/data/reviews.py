@@ -111,6 +111,12 @@ def openings(
     return found
 
 
+def sentence(text: str, num_tokens: int, encode: Callable) -> str:
+    """The beginning of a text, up to the first end of a sentence behind so many tokens; all of it where none is."""
+    ends = (text[: mark.end()] for mark in re.finditer(r"[.!?](?=\s|$)", text))
+    return next((beginning for beginning in ends if len(encode(beginning)) > num_tokens), text)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Openings:
     """Openings alone, as prompts for rollouts; the column `label` says whether the review they begin is positive."""
@@ -244,6 +250,7 @@ class Texts:
     num_held_out: int = 64
     opening_tokens: int = 8
     max_completion_tokens: int = 56  # a longer review is cut there, at its end
+    whole_sentences: bool = False  # it ends with the sentence that the opening begins; longer ones are left out
     label: Literal[0, 1] | None = None  # only positive (1) or negative (0) ones
     seed: int = 0  # which reviews
 
@@ -262,12 +269,23 @@ class Texts:
         known = [review for review in read() if self.label in (None, review.label)]
         texts = {review.id: review.text for review in known}
         encode, eos_id = context.tokenizer.encode, context.tokenizer.eos_id
+        end = [eos_id] * (eos_id is not None)
         counts = {"cut at the end": 0}
 
+        def continuation(text: str) -> list[int]:
+            if self.whole_sentences:
+                text = sentence(text, self.opening_tokens, encode)
+            return encode(text)[self.opening_tokens :] + end
+
+        def fits(review: Review) -> bool:
+            return len(continuation(review.text)) <= self.max_completion_tokens
+
         def whole(use: Use, number: int) -> list[Example]:
-            examples = []
-            for opening in openings(known, use, number, self.opening_tokens, encode, seed=self.seed):
-                rest = encode(texts[opening.id])[self.opening_tokens :] + [eos_id] * (eos_id is not None)
+            examples, usable = [], known
+            if self.whole_sentences:  # the others stay, as reviews whose openings are taken
+                usable = [review for review in known if review.use != use or review.source != "imdb" or fits(review)]
+            for opening in openings(usable, use, number, self.opening_tokens, encode, seed=self.seed):
+                rest = continuation(texts[opening.id])
                 counts["cut at the end"] += len(rest) > self.max_completion_tokens
                 completion = np.array(rest[: self.max_completion_tokens], np.int32)
                 examples.append(dataclasses.replace(opening, completions=(completion,)))

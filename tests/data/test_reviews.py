@@ -234,3 +234,38 @@ def test_texts_are_an_opening_and_what_follows_it(tmp_path):
     assert data.counts == {"cut at the end": 0}
     with pytest.raises(ValueError, match="review texts: opening_tokens must be >= 1, got 0"):
         reviews.Texts(opening_tokens=0)
+
+
+def test_whole_sentences_end_where_the_openings_own_does():
+    def build(**settings):
+        config = reviews.Texts(num_reviews=2, num_held_out=1, opening_tokens=2, whole_sentences=True, **settings)
+        return config.build(types.SimpleNamespace(tokenizer=types.SimpleNamespace(encode=words, eos_id=None)))
+
+    source = [
+        reviews.Review(f"{row} {text}", 1, "imdb", f"imdb:{row}")
+        for row, text in enumerate(
+            (
+                "a short one. And more.",
+                "Yes! The next sentence counts? Or so.",
+                "a sentence that is far too long to be read to its end. Short.",
+                "no end",
+            )
+            * 50
+        )
+    ]
+    assert reviews.sentence(source[0].text, 2, words) == "0 a short one."
+    assert reviews.sentence(source[1].text, 2, words) == "1 Yes! The next sentence counts?"
+    assert reviews.sentence(source[3].text, 2, words) == source[3].text
+    assert reviews.sentence("v1.5 is out. It is.", 2, words) == "v1.5 is out."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reviews, "read", lambda: tuple(source))
+        data = build(max_completion_tokens=4)
+    known = {review.id: review for review in source}
+    assert len(data.train) == 2
+    assert len(data.held_out) == 1
+    for example in (*data.train, *data.held_out):
+        text = known[example.id].text
+        assert "far too long" not in text
+        whole = words(reviews.sentence(text, 2, words))
+        assert example.prompt.tolist() == whole[:2]
+        assert example.completions[0].tolist() == whole[2:]

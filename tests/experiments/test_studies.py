@@ -69,6 +69,7 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     start = stages.Stages(
         **vars(begin),
         sft=begin.params,
+        pairs=[],
         dpo=jax.tree.map(lambda x: 1.05 * x, begin.params),
         reward_model=RewardModel(begin.policy, params, begin.tokenizer),
         normalisation=Normalisation(mean=1.0, std=2.0, num_scores=9),
@@ -76,9 +77,9 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     batch, openings = start.held_out(start.params), start.openings("held_out", 6)
     asked = [dataclasses.replace(row, columns={"prompt_ids": row.prompt.tolist()}) for row in openings]
     scores = np.asarray(begin.policy.scores(params, batch))
-    np.testing.assert_allclose(
-        start.learned().of_samples(batch, asked, start.tokenizer).total, (scores - 1) / 2, atol=1e-4
-    )
+    for normalised, expected in ((True, (scores - 1) / 2), (False, scores)):
+        rewards = start.rewarded(normalised=normalised, prompts_per_rollout=6).rewards
+        np.testing.assert_allclose(rewards.of_samples(batch, asked, start.tokenizer).total, expected, atol=1e-4)
     assert start.before["SFT: reward model"] == pytest.approx(np.mean(scores - 1) / 2, abs=1e-4)
     assert start.before["SFT: VADER"] == pytest.approx(start.of_samples(start.params)["reward"])
     assert start.before["SFT: kl"] == pytest.approx(0, abs=1e-4)

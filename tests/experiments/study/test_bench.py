@@ -6,8 +6,10 @@ import pytest
 
 from experiments.study import bench
 from pjpo import online, optim
+from pjpo.data.batches import order as data_order
 from pjpo.experiment import Model
-from pjpo.methods import dpo, kto, rto
+from pjpo.methods import dpo, kto, ppo, rto
+from pjpo.rewards.learned import RewardModel
 from pjpo.rewards.protocol import Rewards
 
 TRAINING = bench.Training(num_steps=6, looks=(1,), batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
@@ -91,6 +93,51 @@ def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
     assert one["reward"] == two["reward"] != three["reward"]  # a rollout is two updates
     assert learn(ref_params=begin.params, dpo_params=moved)[0]["dpo_logratios/mean"] > 0.001
     assert learn(ref_params=moved, dpo_params=moved)[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_critic_begins_as_the_reward_model_and_learns_apart_from_the_policy():
+    begin = bench.Config(
+        model=Model(source="glassllm-en", scalar_head=True), max_completion_tokens=8, stop=(".", "!", "?")
+    ).load()
+    drawn = np.random.default_rng(0).normal(size=begin.policy.config.model_dim).astype(np.float32)
+    ranks = RewardModel(
+        begin.policy, begin.params | {"scalar_head": {"kernel": jax.numpy.asarray(drawn)}}, begin.tokenizer
+    )
+    config = online.Config(
+        rewards=Rewards(functions=(lambda completions: [0.0] * len(completions),), weights=(1.0,)),
+        prompts_per_rollout=8,
+        num_completions=1,
+        max_completion_tokens=8,
+        stop=(".", "!", "?"),
+    )
+    method = ppo.Config(beta=0.0, lam=1.0, value_weight=1.0)  # all that there is to learn is that returns are 0
+    training = bench.Training(num_steps=1, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
+    openings = begin.openings("train", 8)
+    run = begin.learn(
+        ppo.loss, method, config, openings, training, seed=0, params=begin.params, ref_params=begin.params, critic=ranks
+    )
+    ((params, metrics),) = run
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    order = data_order(openings, 0)
+    rows = [openings[order[place]] for place in range(8)]
+    batch = begin.sample(begin.params, rows, jax.random.fold_in(key, 0), 1)
+    errors = 0.5 * np.square(begin.policy.values(ranks.params, batch))[batch.completion_mask]
+    assert metrics["loss/value_avg"] == pytest.approx(errors.mean(), rel=1e-4)
+    assert set(params) == set(begin.params)
+    np.testing.assert_array_equal(params["scalar_head"]["kernel"], begin.params["scalar_head"]["kernel"])
+
+
+def test_samples_end_with_the_tokens_that_are_asked_for(start):
+    stopped = bench.Config(max_completion_tokens=24, stop=(".", "?")).load()
+    ends = {stopped.tokenizer.encode(text)[0] for text in (".", "?")}
+    assert set(stopped.stop_tokens) == ends  # this tokenizer has none of its own
+    batch = stopped.sample(stopped.params, stopped.openings("train", 16), jax.random.key(0), 2)
+    for tokens, mask in zip(
+        batch.completion_tokens.reshape(-1, 24), batch.completion_mask.reshape(-1, 24), strict=True
+    ):
+        assert not ends & set(tokens[mask][:-1].tolist())
+        assert mask.all() or tokens[mask][-1] in ends
+    assert not batch.completion_mask.all()
 
 
 @pytest.mark.parametrize("looks", [(6,), (0,), (3, 2), (2, 2)])
