@@ -158,6 +158,19 @@ def test_groups_in_every_notation(groups, size):
     assert Program(GROUPED.format(groups)).collectives == [Collective("all-reduce", 40, size, 1)]
 
 
+def test_a_channel_may_be_shared_and_a_kernel_may_hold_a_copy():
+    """Two tables are gathered on channel 1; the kernel beside the second gather repeats that one."""
+    gather = "%whole = f32[80] all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={{0}}, {}"
+    gather += 'frontend_attributes={{async_collective_name="gather.{}"}}, metadata={{op_name="jit(f)/all_gather"}}'
+    kernel = "%beside{} (x: f32[10]) -> f32[80] {{\n  %x = f32[10] parameter(0)\n  ROOT {}\n}}\n"
+    text = "".join(kernel.format(i, gather.format("", 2)) for i in range(2))
+    text += "ENTRY %main (x: f32[10]) -> f32[80] {\n  %x = f32[10] parameter(0)\n  " + gather.format("", 1)
+    text += "".join(f"\n  %k{i} = f32[80] fusion(%x), kind=kCustom, calls=%beside{i}" for i in range(2)) + "\n}\n"
+    assert Program(text).collectives == [Collective("all-gather", 320, 8, 2)]
+    apart = text.replace("jit(f)/all_gather", "jit(f)/other", 1)
+    assert Program(apart).collectives == [Collective("all-gather", 320, 8, 3)]
+
+
 def test_a_group_of_all_is_as_large_as_the_program():
     text = GROUPED.format("replica_groups={}")
     assert Program(text).collectives == []  # of one device

@@ -182,10 +182,12 @@ class Program:
                 whole *= devices
             elif kind == "all-reduce" and name in self.inside and self.roots[name].opcode == "dynamic-slice":
                 kind = "reduce-scatter"  # as a TPU's kernel is written
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            piece = (kind, whole, channel and channel[1])
-            if kind != "collective-permute" and channel and piece in seen:
-                continue  # the kernels that a collective runs beside each hold a copy of it
+            # The kernels that a collective runs beside each hold a copy of it, with all that says where it comes from; a
+            # channel alone does not, as all that are written by hand (`shard_map`) have number 1.
+            origin = re.findall(r'(?:channel_id=|async_collective_name=|op_name=)("[^"]*"|\d+)', instruction.rest)
+            piece = (kind, whole, *origin)
+            if name in self.inside and kind != "collective-permute" and origin and piece in seen:
+                continue
             seen.add(piece)
             if devices > 1:
                 counts[kind, whole, devices] += times

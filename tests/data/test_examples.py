@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pjpo.data.examples import Example, Examples, Tally
+from pjpo.data.examples import Data, Example, Examples, Tally, hold_out
 from pjpo.data.scratch import Scratch
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(lambda ids: np.array(ids, np.int32))
@@ -48,6 +48,43 @@ def test_examples_come_back_as_they_were(expected):
     assert len(examples) == len(expected)
     for found, wanted in zip(examples, expected, strict=True):
         assert_same(found, wanted)
+
+
+def of_prompts(prompts):
+    return Examples(Example(np.arange(1), (), {"prompt": prompt}, f"rows:{i}") for i, prompt in enumerate(prompts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_is_held_out_with_all_its_examples(seed):
+    prompts = "aabccd"
+    sides = hold_out(of_prompts(prompts), [prompt.encode() for prompt in prompts], 2, seed)
+    train, held_out = ([example.columns["prompt"] for example in side] for side in sides)
+    assert len(held_out) == 2
+    assert sorted(train + held_out) == list(prompts)
+    assert not set(train) & set(held_out)
+
+
+def test_all_but_one_can_be_held_out():
+    train, held_out = hold_out(of_prompts("abcd"), [b"a", b"b", b"c", b"d"], 3, 0)
+    assert (len(train), len(held_out)) == (1, 3)
+
+
+@pytest.mark.parametrize(("prompts", "number", "most"), [("abcd", 4, 3), ("aa", 1, 0), ("aab", 3, 2)])
+def test_no_prompt_is_cut_and_something_is_left_to_train_on(prompts, number, most):
+    with pytest.raises(ValueError, match=f"num_held_out {number} is too many .* use at most {most}$"):
+        hold_out(of_prompts(prompts), [prompt.encode() for prompt in prompts], number, 0)
+
+
+def test_a_tally_names_the_first_three_places_and_says_where_there_are_more():
+    tally = Tally()
+    for what, place in (("once", "a"), ("nowhere", None), ("twice", "b"), ("twice", None), *[("often", "c")] * 4):
+        tally.add(what, place)
+    found = {what: tally.places(what) for what in ("once", "nowhere", "twice", "often")}
+    assert found == {"once": ["a"], "nowhere": [], "twice": ["b", "..."], "often": ["c", "c", "c", "..."]}
+
+
+def test_data_are_read_unless_they_say_that_they_were_sampled():
+    assert not Data([], [], {}, "").sampled
 
 
 def test_some_of_the_examples_can_be_taken():

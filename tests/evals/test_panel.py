@@ -104,6 +104,26 @@ def test_a_change_within_its_error_is_none():
     assert panel.displacement(REF + changes, REF).startswith("Neither moved beyond chance (chosen +0.25")
 
 
+@pytest.mark.parametrize(("change", "regime"), [(1.3, "Both rose"), (1.1, "Neither moved")])
+def test_two_standard_errors_are_beyond_chance(change, regime):
+    # Of changes +1, -1, +1, -1 about it the standard error is sqrt(4/3) / 2, twice of which is 1.155.
+    around = np.array([[1.0, 1.0], [-1.0, -1.0]] * 2)
+    assert panel.displacement(np.zeros((4, 2)) + change + around, np.zeros((4, 2))).startswith(regime)
+
+
+def test_one_pair_has_no_error_and_two_have_one():
+    assert panel.displacement(np.array([[0.1, -0.1]]), np.zeros((1, 2))).startswith("Reinforcement: chosen rose and")
+    assert panel.displacement(np.array([[3.0, 0.0], [-1.0, 0.0]]), np.zeros((2, 2))).startswith("Neither moved")
+
+
+def test_samples_of_one_prompt_tell_no_error():
+    logps, mask = np.array([[[-1.0], [-3.0]]]), np.array([[[True], [False]]])
+    batch = Batch.of(completion_tokens=np.zeros((1, 2, 1), np.int32), completion_mask=mask, old_logps=logps)
+    found = panel.of_samples(batch, np.full((1, 2, 1), -1.5))
+    assert (found["kl"], found["entropy"]) == (0.25, 1.0)  # a mean over two completions, and over one token
+    assert np.isnan(found["kl_stderr"])
+
+
 def test_kl_and_entropy_of_samples():
     mask = np.array([[[True, True]], [[True, False]]])
     logps = np.array([[[-1.0, -2.0]], [[-0.5, 7.0]]])
@@ -130,3 +150,6 @@ def test_pairs_of_tokens_are_summed_one_by_one():
     expected = panel.of_pairs(0.5, 2 * sums, sums, np.array([[2, 1], [1, 2], [1, 1]]))
     assert metrics == pytest.approx(expected)
     assert words == {"displacement": panel.displacement(2 * sums, sums)}
+    context.method = types.SimpleNamespace()  # of no beta: log-ratios themselves
+    metrics, _ = panel.build(context, pairs, 2)({"nats": 2.0}, {"nats": 1.0})
+    assert metrics["rewards/margins"] == pytest.approx((0 + 2 - 4) / 3)

@@ -36,6 +36,32 @@ def test_golden_idealised_accuracies(beta, raw, normalised):
     assert ranking.idealised_accuracy(REF, ALPHA, beta, LENGTHS) == normalised
 
 
+def test_the_papers_constants():
+    # Section 3: the range of beta; alpha of 0.999 where all raters agree; Definition C.1: alike within 0.01.
+    assert (ranking.BETAS, ranking.CERTAIN, ranking.ALIKE) == ((0.01, 0.1, 1.0, 5.0, 10.0), 0.001, 0.01)
+
+
+def test_rewards_are_ratios_and_raters_may_all_prefer_the_rejected():
+    assert ranking.reward_accuracy(LOGPS, REF) == 0.75  # ratios 8 and -6; -2.25 and 1.25; 0.25 and -0.5; 1.5 and -1.75
+    none, all_ = (ranking.idealised_margins(REF * 0, np.full(4, alpha), 1.0) for alpha in (0.0, 1.0))
+    np.testing.assert_allclose(all_, np.log(999))
+    np.testing.assert_allclose(none, -all_)
+    assert ranking.idealised_accuracy(REF * 0, np.full(4, 0.5), 1.0) == 0  # a tie
+
+
+def test_completions_of_one_token_and_of_none():
+    logps = np.array([[-1.0, -3.0], [-2.0, 0.0]])
+    np.testing.assert_array_equal(ranking.ranked(logps, np.array([[1, 4], [1, 0]])), [False, False])
+    margins = ranking.idealised_margins(logps, np.full(2, 0.5), 1.0, np.array([[1, 4], [1, 0]]))
+    np.testing.assert_allclose(margins, [-1 + 3 / 4, -2])
+
+
+def test_where_the_reference_is_right_everywhere_nothing_is_flipped():
+    right = np.array([[-1.0, -2.0]] * 2)
+    assert ranking.flipped(right, right) == 0
+    assert ranking.flipped(right, np.array([[-2.0, -1.0], [-1.0, -2.0]])) == 1
+
+
 def test_the_gap_is_of_the_median():
     assert ranking.idealised_range(REF, ALPHA) == {"min": 0.25, "median": 0.5, "max": 1.0}
     assert ranking.alignment_gap(LOGPS, REF, ALPHA) == 0.25
