@@ -182,8 +182,8 @@ class Program:
                 whole *= devices
             elif kind == "all-reduce" and name in self.inside and self.roots[name].opcode == "dynamic-slice":
                 kind = "reduce-scatter"  # as a TPU's kernel is written
-            # The kernels that a collective runs beside each hold a copy of it, with all that says where it comes from; a
-            # channel alone does not, as all that are written by hand (`shard_map`) have number 1.
+            # The kernels that a collective runs beside each hold a copy of it, with all that says where it comes from.
+            # A channel alone does not, as all that are written by hand (`shard_map`) have number 1.
             origin = re.findall(r'(?:channel_id=|async_collective_name=|op_name=)("[^"]*"|\d+)', instruction.rest)
             piece = (kind, whole, *origin)
             if name in self.inside and kind != "collective-permute" and origin and piece in seen:
