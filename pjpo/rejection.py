@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,21 @@ def sample(
     return Accepted(accepted, num_passes, num_uniforms)
 
 
-def select(rewards: Float[np.ndarray, "B N"], num_samples: int, beta: float | int, seed: int) -> np.ndarray:
-    """The sampler on a pool of completions for each of B prompts, candidates shuffled: indices [B, num_samples]."""
+def select(
+    rewards: Float[np.ndarray, "B N"] | Sequence[Sequence[float | int]],
+    num_samples: int,
+    beta: float | int,
+    seed: int,
+) -> np.ndarray:
+    """The sampler on a pool of completions for each of B prompts, candidates shuffled: indices [B, num_samples].
+
+    Pools may differ in size where they are lists.
+    """
     chosen = []
     for row, row_rewards in enumerate(rewards):
         rng = np.random.default_rng((seed, row))
         order = rng.permutation(len(row_rewards))
-        found = sample(row_rewards[order].tolist(), num_samples, beta, rng.random)
+        found = sample([float(row_rewards[i]) for i in order], num_samples, beta, rng.random)
         chosen.append(order[found.indices])
     return np.array(chosen)
 
@@ -83,12 +91,21 @@ def first_round(rewards: Sequence[float | int]) -> list[tuple[int, int]]:
     """Neighbours in the list meet: (winner, loser) of each pair; of an odd number the last is left out.
 
     The first of two equal rewards wins; where ties carry no preference, drop pairs whose rewards agree.
+
+    Raises:
+        ValueError: a reward is nan, which loses and wins no game.
     """
+    _check_comparable(rewards)
     return _play(range(len(rewards)), rewards)
 
 
 def tournament(rewards: Sequence[float | int]) -> list[tuple[int, int]]:
-    """Winners meet until one is left: n - 1 pairs, round by round. Of an odd number the last goes on unopposed."""
+    """Winners meet until one is left: n - 1 pairs, round by round. Of an odd number the last goes on unopposed.
+
+    Raises:
+        ValueError: a reward is nan.
+    """
+    _check_comparable(rewards)
     pairs, players = [], list(range(len(rewards)))
     while len(players) > 1:
         games = _play(players, rewards)
@@ -97,8 +114,26 @@ def tournament(rewards: Sequence[float | int]) -> list[tuple[int, int]]:
     return pairs
 
 
+def rho(scores: Float[np.ndarray, "*B N"]) -> Float[np.ndarray, "*B N N"]:
+    """The pairwise ranking model that a pointwise one makes: the probability [i, j] that completion i beats j.
+
+    Args:
+        scores: of a Bradley-Terry reward model, nats, for N completions of a prompt; such as `RewardModel.scores`.
+    """
+    margins = scores[..., :, None] - scores[..., None, :]
+    return np.exp(-np.logaddexp(0, -margins))
+
+
+def num_identical(tokens: Int[np.ndarray, "B N T"], mask: Bool[np.ndarray, "B N T"]) -> int:
+    """How many candidates of the pools repeat an earlier one of their prompt; the sampler takes them as they are."""
+    pools = [[tuple(row[kept]) for row, kept in zip(*pool, strict=True)] for pool in zip(tokens, mask, strict=True)]
+    return sum(len(pool) - len(set(pool)) for pool in pools)
+
+
 def rank_to_reward(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"] | None = None) -> np.ndarray:
     """Pointwise rewards from a pairwise ranking model, relative to a baseline completion; nats.
+
+    Of `rho` against baseline b these are scores less the baseline's: rank_to_reward(p[:, b], p[b]).
 
     Args:
         first: probability that the completion, shown first, beats the baseline.
@@ -114,6 +149,11 @@ def rank_to_reward(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n
     p = np.asarray(first) if second is None else (np.asarray(first) + 1 - np.asarray(second)) / 2
     with np.errstate(divide="ignore"):  # certainty is an infinite reward
         return np.log(p) - np.log1p(-p)
+
+
+def _check_comparable(rewards: Sequence[float | int]) -> None:
+    if unknown := [place for place, reward in enumerate(rewards) if math.isnan(reward)]:
+        raise ValueError(f"ranking: the reward at place {unknown[0]} is nan; leave out completions without a reward")
 
 
 def _play(players: Sequence[int], rewards: Sequence[float | int]) -> list[tuple[int, int]]:

@@ -8,9 +8,14 @@ test time ask for the top of the scale, `Scale.high`.
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import string
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
+
+Score = float | int | np.floating | np.integer
 TEXT = (
     "You are an assistant that replies at a requested level of quality. The level wanted, from {low} to {high}: {goal}"
 )
@@ -28,15 +33,33 @@ class Scale:
     def __post_init__(self):
         if not self.low < self.high:
             raise ValueError(f"relabel: the scale must rise, got {self.low} to {self.high}")
+        places = {name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None}
+        if not {"goal"} <= places <= {"goal", "low", "high"}:
+            raise ValueError(
+                f"relabel: text must have the place {{goal}}, and may have {{low}} and {{high}}, got {self.text!r}; "
+                "write other braces twice"
+            )
 
-    def ask(self, prompt: str | list[dict[str, str]], goal: float | int) -> str | list[dict[str, str]]:
+    def check(self, goal: Any, where: str = "") -> None:
+        """
+        Raises:
+            ValueError: what is no number, or outside the scale; `where` says whose it is.
+        """
+        if not isinstance(goal, numbers.Real) or isinstance(goal, bool):
+            raise ValueError(f"relabel: {where}a goal must be a number, got {goal!r}; convert it")
+        if not self.low <= float(goal) <= self.high:  # nan is not
+            raise ValueError(
+                f"relabel: {where}a goal must be within {spell(self.low)} and {spell(self.high)}, got {goal}; set the "
+                "scale that the scores have"
+            )
+
+    def ask(self, prompt: str | list[dict[str, str]], goal: Score) -> str | list[dict[str, str]]:
         """The prompt, text or chat messages, with the goal in it.
 
         Raises:
             ValueError: a goal outside the scale.
         """
-        if not self.low <= goal <= self.high:
-            raise ValueError(f"relabel: a goal must be within {self.low:g} and {self.high:g}, got {goal}")
+        self.check(goal)
         text = self.text.format(goal=spell(goal), low=spell(self.low), high=spell(self.high))
         if isinstance(prompt, str):
             return f"{text}\n\n{prompt}"
@@ -46,12 +69,14 @@ class Scale:
         return [{"role": "system", "content": text}, *prompt]
 
 
-def spell(score: float | int) -> str:
-    """Whole numbers without decimals: "9", "7.5"."""
-    return f"{score:g}"
+def spell(score: Score) -> str:
+    """Whole numbers without decimals: "9", "7.5"; of others as many as tell them apart, up to 12 digits."""
+    if float(score).is_integer():
+        return str(int(score))
+    return f"{float(str(score)) if isinstance(score, np.floating) else float(score):.12g}"  # 7.1, of float32 too
 
 
-def reward(score: float | int, goal: float | int) -> float:
+def reward(score: Score, goal: Score) -> float:
     """How well a completion of that score meets the goal: -(goal - score)^2."""
     return float(-((goal - score) ** 2))
 
@@ -64,10 +89,11 @@ def relabel(
     Args:
         rows: `prompt` (optional), `chosen`, `rejected`, `score_chosen`, `score_rejected`.
         scale: of the scores.
-        ties: equal scores give two rows that contradict each other and pull the margin to zero; dropped unless "keep".
+        ties: scores that are spelled alike give two rows that contradict each other and pull the margin to zero;
+            dropped unless "keep".
 
     Raises:
-        ValueError: missing columns, or a score outside the scale.
+        ValueError: missing columns, a score that is no number or outside the scale, in a tie too.
     """
     if ties not in ("drop", "keep"):
         raise ValueError(f"relabel: ties must be 'drop' or 'keep', got {ties!r}")
@@ -76,14 +102,15 @@ def relabel(
         missing = {"chosen", "rejected", "score_chosen", "score_rejected"} - row.keys()
         if missing:
             raise ValueError(f"relabel: row {number} lacks {', '.join(sorted(missing))}; found {', '.join(row)}")
+        for column in ("score_chosen", "score_rejected"):
+            scale.check(row[column], f"row {number}, {column}: ")
         high, low = row["score_chosen"], row["score_rejected"]
-        if high == low and ties == "drop":
+        is_tie = spell(high) == spell(low)
+        if is_tie and ties == "drop":
             continue
         for goal, swapped in ((high, False), (low, True)):
             first, second = ("rejected", "chosen") if swapped else ("chosen", "rejected")
             asked = {"prompt": scale.ask(row["prompt"], goal)} if "prompt" in row else {}
-            if not asked:
-                scale.ask("", goal)  # refuses a goal outside the scale
             relabelled.append(
                 row
                 | asked
@@ -95,7 +122,7 @@ def relabel(
                     "score_rejected": row[f"score_{second}"],
                     "chosen_reward": reward(row[f"score_{first}"], goal),
                     "rejected_reward": reward(row[f"score_{second}"], goal),
-                    "tie": high == low,
+                    "tie": is_tie,
                 }
             )
     return relabelled

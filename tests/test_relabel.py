@@ -1,5 +1,8 @@
 """Reward-augmented relabelling against golden rows, ties and the edges of the scale."""
 
+import re
+
+import numpy as np
 import pytest
 
 from pjpo import relabel
@@ -52,6 +55,54 @@ def test_chats_are_asked_by_the_system_or_in_front_of_the_user():
 def test_a_goal_outside_the_scale_is_refused(prompt):
     with pytest.raises(ValueError, match="a goal must be within 1 and 10, got 11"):
         relabel.relabel([ROWS[0] | {"score_chosen": 11.0} | prompt])
+
+
+@pytest.mark.parametrize(
+    ("score", "spelled"),
+    [
+        (9.0, "9"),
+        (np.int64(9), "9"),
+        (7.5, "7.5"),
+        (1234567.5, "1234567.5"),
+        (12345678.0, "12345678"),
+        (8.1234567, "8.1234567"),
+        (np.float32(7.1), "7.1"),
+        (0.1 + 0.2, "0.3"),
+    ],
+)
+def test_a_goal_is_spelled_with_all_its_digits(score, spelled):
+    assert relabel.spell(score) == spelled
+
+
+def test_scores_that_differ_stay_different_goals_and_those_that_are_spelled_alike_are_a_tie():
+    scale = Scale(low=0.0, high=2e6)
+    near = ROWS[0] | {"score_chosen": 1234567.5, "score_rejected": 1234567.0}
+    assert [row["goal"] for row in relabel.relabel([near], scale)] == ["1234567.5", "1234567"]
+    alike = ROWS[0] | {"score_chosen": 0.1 + 0.2, "score_rejected": 0.3}
+    assert relabel.relabel([alike], scale) == []
+    assert [row["tie"] for row in relabel.relabel([alike], scale, ties="keep")] == [True, True]
+
+
+def test_a_tie_outside_the_scale_is_refused_too():
+    with pytest.raises(ValueError, match="row 0, score_chosen: a goal must be within 1 and 10, got 11"):
+        relabel.relabel([ROWS[0] | {"score_chosen": 11.0, "score_rejected": 11.0}])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("score", ["9", None, True, [9]])
+def test_a_score_that_is_no_number_is_refused(score):
+    message = re.escape(f"relabel: row 1, score_rejected: a goal must be a number, got {score!r}; convert it")
+    with pytest.raises(ValueError, match=message):
+        relabel.relabel([ROWS[0], ROWS[1] | {"score_rejected": score}])
+    with pytest.raises(ValueError, match="a goal must be within 1 and 10, got nan"):
+        Scale().ask("Hello", float("nan"))
+
+
+@pytest.mark.parametrize("text", ["Reply well.", "Score {low} to {high}", "{goal} {level}", "{goal} {}"])
+def test_a_text_without_the_goal_or_with_other_places_is_refused(text):
+    with pytest.raises(ValueError, match=r"text must have the place {goal}, and may have {low} and {high}, got "):
+        Scale(text=text)
+    assert Scale(text="{{json}} {goal:>3}").ask("", 9) == "{json}   9\n\n"
 
 
 @pytest.mark.usefixtures("unchecked")
