@@ -17,7 +17,7 @@ EXPERIMENT = Experiment(
     method=dpo.Config(beta=0.1),
     model=Model(source="smollm2-135m-instruct"),
     data=preference.Config(path="", num_held_out=64, max_prompt_tokens=256, max_completion_tokens=128),
-    evaluation=held_out.Config(batch_size=8, num_sampled=16),
+    evaluation=held_out.Config(batch_size=8),
     optimizer=optim.Config(learning_rate=5e-6, warmup_steps=10),
     loop=train.Loop(num_steps=100, evaluate_every_steps=50, checkpoint_every_steps=50),
     batch_size=8,

@@ -104,6 +104,7 @@ class Context:
     mesh: jax.sharding.Mesh
     say: Callable[[str], None]
     prepare: Callable[[Batch], Batch]  # onto the mesh, with the reference's log-probs where these are stored
+    reference: step.Reference
     buckets: Buckets | None = None  # known once there is data
 
 
@@ -239,7 +240,7 @@ class _Parts:
     reference_model: run_models.Reference
     evaluate: Callable | None
     batches: train.Offline | online.Rollouts
-    first: tuple[Batch, Batch] | None  # a batch on the host, and prepared: policy and reference agree on it
+    show_tokens: Callable[[dict], list[dict]] | None  # parameters to rows of token-level rewards
     dpo_logps: Callable[[Batch], Any] | None
     state_key: jax.Array
 
@@ -260,6 +261,7 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
         mesh=mesh,
         say=say,
         prepare=lambda batch: sharding.place_batch(reference_model.attach(completed(experiment.method, batch)), mesh),
+        reference=experiment.reference,
     )
     # A run that goes on trains on what it began with.
     kept = resumed / PAIRS if resumed else None
@@ -268,21 +270,24 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     loss = per_source(experiment.loss, data.sources) if data.sources else experiment.loss
     context = dataclasses.replace(context, loss=loss, buckets=Buckets.of(itertools.chain(data.train, data.held_out)))
     evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None
+    if getattr(evaluate, "reads_reference", False):
+        reference_model.keep(say)
+    show_tokens = None
     if experiment.rollouts:
-        batches, first = _rollouts(experiment, experiment.rollouts, context, data), None
+        batches = _rollouts(experiment, experiment.rollouts, context, data)
     else:
         batches = _batches(experiment, context, data, reference_model)
         first = collate(data.train[: experiment.batch_size], context.buckets)
         prepared = batches.prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))
         reference_model.check_start(experiment, prepared)
-        first = first, prepared
+        show_tokens = token_rewards.build(context, data, experiment.batch_size)
     return _Parts(
         context=context,
         data=data,
         reference_model=reference_model,
         evaluate=evaluate,
         batches=batches,
-        first=first,
+        show_tokens=show_tokens,
         dpo_logps=dpo_logps,
         state_key=state_key,
     )
@@ -374,7 +379,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
             optimizer,
             parts.state_key,
             mesh,
-            keep_params=experiment.reference in ("online", "stored") or parts.dpo_logps is not None,
+            keep_params=reference_model.is_kept or parts.dpo_logps is not None,
         ),
         ref_params=reference_model.params if kind == "online" else None,
         batches=batches,
@@ -394,17 +399,9 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     )
     if before and after:
         context.say(side_by_side(before, after))
-    first, prepared = parts.first or (None, None)
-    is_pairs = first is not None and first.completion_tokens.shape[1] == 2
     written = distributed.from_first(lambda: any(row.get("kind") == "token_rewards" for row in rows))
-    if is_pairs and experiment.reference != "none" and hasattr(experiment.method, "beta") and not written:
-        # In the shapes of the step-0 gate, for which everything is compiled.
-        both = [policy.logps(p, prepared) for p in (state.params, reference_model.of(state))]
-        logps, ref_logps = (logps[:4] for logps in distributed.fetch(both))
-        shown = jax.tree.map(lambda x: x[:4], first)
-        labels = ("chosen", "rejected")
-        rows = token_rewards.rows(experiment.method.beta, shown, logps, ref_logps, context.tokenizer, labels)
-        folder.sample(experiment.loop.num_steps, rows)
+    if parts.show_tokens and not written:
+        folder.sample(experiment.loop.num_steps, parts.show_tokens(state.params))
     folder.summary({"finished": True})
 
 
@@ -421,7 +418,7 @@ class _Evaluation:
             ValueError: `keep_best_by` names something else than the metrics that come back.
         """
         assert self.parts.evaluate is not None, "called without an evaluation"
-        ref_params = self.parts.reference_model.of(state)
+        ref_params = self.parts.reference_model.start(state)
         result = self.parts.evaluate(state.params, ref_params, title=f"evaluating step {number}")
         metrics = {f"eval/{name}": value for name, value in result.metrics.items()}
         if self.keep_best_by and (metric := self.keep_best_by[0]) not in metrics:

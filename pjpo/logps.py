@@ -51,11 +51,20 @@ def log_ratios(logps: Float[Array, "B N T"], ref_logps: Float[Array, "B N T"] | 
     Raises:
         ValueError: no reference.
     """
+    return widened(logps) - constant(ref_logps)
+
+
+def constant(ref_logps: Float[Array, "B N T"] | None) -> Float[Array, "B N T"]:
+    """Log-probs of the reference, float32 or wider, as a constant to the gradient.
+
+    Raises:
+        ValueError: no reference.
+    """
     if ref_logps is None:
         raise ValueError(
             "log-ratios need the log-probs of the reference, but ref_logps is None; score the batch under it"
         )
-    return widened(logps) - jax.lax.stop_gradient(widened(ref_logps))
+    return jax.lax.stop_gradient(widened(ref_logps))
 
 
 def soft_cap(logits: Float[Array, "*rows V"], cap: float | None) -> Float[Array, "*rows V"]:

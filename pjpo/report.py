@@ -39,12 +39,26 @@ PANELS = (  # title, what the vertical axis shows, metrics (the last part of the
 )
 HELD_OUT_PANELS = (
     ("Rankings", "share of pairs", ("eval/ranking/accuracy", "eval/ranking/idealised_median", "eval/ranking/flipped")),
+    (
+        "Rankings by mean log-probs",
+        "share of pairs",
+        ("eval/ranking/accuracy_per_token", "eval/ranking/idealised_median_per_token"),
+    ),
+    (
+        "Log-ratios to the start",
+        "nats per completion",
+        ("eval/implicit/chosen", "eval/implicit/rejected", "eval/implicit/margins"),
+    ),
     ("Moved from the reference", "nats per completion", ("eval/logps/chosen_change", "eval/logps/rejected_change")),
     ("Length", "share of pairs", ("eval/length/longer_chosen", "eval/length/longer_rewarded")),
 )
 UNITS = {  # of metrics that stand alone
     "kl": "nats per completion",
     "entropy": "nats per token",
+    "sequence_kl": "nats per completion",
+    "ranking/difficulty": "nats, reference's rejected − chosen",
+    "ranking/theorem_4_1_violations": "pairs",
+    "token_rewards/largest_share": "share of a pair's token rewards",
     "reward_vader": "VADER, −1 to 1",
     "reward_judge": "P(positive) by the judge",
     "distinct_2": "different 2-grams / all",

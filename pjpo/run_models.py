@@ -34,8 +34,9 @@ def check(experiment: Any) -> None:
         raise ValueError(f"dpo_model is given, but {about} does not read it; set None")
     if experiment.reference == "adapter" and not experiment.model.lora.rank:
         raise ValueError("reference 'adapter' is the model without adapters, but model.lora.rank is 0; use 'online'")
-    takes = inspect.signature(experiment.loss).parameters["ref_logps"].annotation  # None of a loss without a reference
-    if experiment.reference == "none" and "None" not in str(takes):
+    takes = str(inspect.signature(experiment.loss).parameters["ref_logps"].annotation)  # of a loss without one, None
+    needs_reference = "None" not in takes or getattr(method, "needs_reference", False)
+    if experiment.reference == "none" and needs_reference:
         name = experiment.loss.__module__.rpartition(".")[2]
         raise ValueError(f"{name} compares with a reference, but reference is 'none'; use online, stored or adapter")
 
@@ -77,6 +78,7 @@ class Reference:
 
     def __init__(self, kind: step.Reference, policy: Any, params: dict, stored: Path):
         self.kind, self.policy, self.params = kind, policy, params
+        self.is_kept = kind in ("online", "stored")  # its weights stay beside the policy's
         self.store = reference.Store(stored, policy, policy.without_adapters(params)) if kind == "stored" else None
 
     def of(self, state: step.State) -> dict | None:
@@ -84,6 +86,18 @@ class Reference:
         if self.kind == "adapter":
             return self.policy.without_adapters(state.params)
         return None if self.kind == "none" else self.params
+
+    def keep(self, say: Callable[[str], None]) -> None:
+        """What measures the KL to the start needs its weights, of methods without a reference too."""
+        if self.kind == "none" and "lora" not in self.params:
+            self.is_kept = True
+            say("the start's weights are kept beside the policy's, for the evaluation to measure the KL to them")
+
+    def start(self, state: step.State) -> dict | None:
+        """The parameters that the run began with, beside a state; None where they were given up."""
+        if self.is_kept:
+            return self.params
+        return self.policy.without_adapters(state.params) if self.kind == "adapter" or "lora" in self.params else None
 
     def attach(self, batch: Batch, share_on: jax.sharding.Mesh | None = None) -> Batch:
         return self.store.attach(batch, share_on) if self.store else batch

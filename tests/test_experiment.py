@@ -24,7 +24,7 @@ from pjpo.checkpoints import Checkpoints
 from pjpo.data import mixture, preference
 from pjpo.data.buckets import Buckets, collate
 from pjpo.evals.result import Result
-from pjpo.methods import kto, simpo
+from pjpo.methods import dpo_attenuated, kto, rso, simpo
 from tests import tiny_run
 from tests.experiments.test_registry import EXPERIMENTS, STUDIES
 from tests.quick import FLAGS
@@ -339,6 +339,10 @@ def test_what_cannot_work_leaves_no_folder(tmp_path, model, monkeypatch):
     refused(tmp_path, source | wrong, "kto: rows must hold one completion with its label, got 2")
     refused(tmp_path, {"evaluation": None, "keep_best_by": ("eval/loss", "min")}, "'eval/loss' needs an evaluation")
     refused(tmp_path, {"reference": "none"}, "^dpo compares with a reference, but reference is 'none'; use onl")
+    for module in (rso, dpo_attenuated):  # which need none at other settings
+        name = module.__name__.rpartition(".")[2]
+        wrong = {"reference": "none", "loss": module.loss, "method": module.Config()}
+        refused(tmp_path, wrong, f"^{name} compares with a reference, but reference is 'none'")
     for seed in (-1, 2**32):
         refused(tmp_path, {"seed": seed}, rf"seed must be >= 0 and below 2\*\*32, got {seed}")
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -108,6 +108,34 @@ def test_every_metric_is_drawn(tmp_path):
     assert [line.get_marker() for line in lines] == ["o", "D"]
 
 
+def test_what_is_held_out_alone_has_its_panels(tmp_path):
+    pairs = {f"ranking/{what}": 0.5 for what in ("accuracy", "idealised_median", "flipped", "difficulty")}
+    pairs |= {f"ranking/{what}_per_token": 0.5 for what in ("accuracy", "idealised_median", "idealised_min")}
+    pairs |= {f"implicit/{what}": 0.5 for what in ("chosen", "rejected", "margins", "accuracies")}
+    pairs |= {"logps/chosen_change": -1.0, "logps/rejected_change": -2.0, "logps/chosen": -9.0}
+    pairs |= {"length/longer_chosen": 0.5, "length/longer_rewarded": 0.6}
+    trained = {"rewards/margins": 3.0, "logps/chosen": -8.0}
+    rows = [(step, trained | {f"eval/{name}": value for name, value in pairs.items()}) for step in range(2)]
+    figure = report.evaluation_curves(make_bare(tmp_path, rows))
+    shown = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    labels = {
+        title: [text.get_text() for text in axes.get_legend().get_texts()]
+        for title, axes in shown.items()
+        if axes.get_legend()
+    }
+    assert labels == {
+        "Rankings": ["accuracy", "idealised_median", "flipped"],
+        "Rankings by mean log-probs": ["accuracy_per_token", "idealised_median_per_token"],
+        "Log-ratios to the start": ["chosen", "rejected", "margins"],
+        "Moved from the reference": ["chosen_change", "rejected_change"],
+        "Length": ["longer_chosen", "longer_rewarded"],
+    }
+    assert shown["eval/ranking/difficulty"].get_ylabel() == "nats, reference's rejected − chosen"
+    assert "eval/logps/chosen" not in shown  # beside what was logged while training, as a diamond
+    curves = {axes.get_title(loc="left"): axes for axes in report.learning_curves(make_bare(tmp_path, rows)).axes}
+    assert len(curves["Implicit rewards"].lines) == 1  # of training alone: log-ratios to the start have another scale
+
+
 def test_many_points_get_a_running_mean():
     values = np.array([0.0, 3.0, 6.0, np.nan, 6.0, 3.0, 0.0])
     np.testing.assert_allclose(report._running_mean(values, 3), [1.5, 3, 4.5, 6, 4.5, 3, 1.5])

@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
     method=dpo.Config(beta=0.1),
     model=Model(source=""),
     data=Pairs(),
-    evaluation=held_out.Config(batch_size=8),
+    evaluation=held_out.Config(batch_size=8, num_sampled=0),
     optimizer=optim.Config(learning_rate=3e-3, warmup_steps=10, schedule="linear", weight_decay=0.1),
     loop=train.Loop(num_steps=120, evaluate_every_steps=30, checkpoint_every_steps=7),
     batch_size=6,  # of 32 pairs: epochs end within batches

@@ -91,6 +91,29 @@ def loss_threshold(ref_logps: Float[np.ndarray, "n 2"], beta: float | int) -> Fl
     return np.logaddexp(0, -beta * difficulty(ref_logps))
 
 
+def threshold_violations(
+    logps: Float[np.ndarray, "n 2"],
+    ref_logps: Float[np.ndarray, "n 2"],
+    beta: float | int,
+    within: Float[np.ndarray, " n"] | float = 0.0,
+) -> int:
+    """How many pairs contradict Theorem 4.1: ranked rightly with a DPO loss above `loss_threshold`, or wrongly below.
+
+    Args:
+        logps, ref_logps: of the policy and of the reference.
+        beta: of the loss. Where it would make losses too small for float64 a smaller one is taken, for which the
+            theorem holds as well.
+        within: nats; pairs whose log-probs differ by no more are not looked at, as rounding ranks them.
+    """
+    ratios = np.asarray(logps - ref_logps, np.float64)
+    margins = ratios[:, CHOSEN] - ratios[:, REJECTED]
+    largest = max(np.abs(margins).max(initial=0), np.abs(difficulty(ref_logps)).max(initial=0), 1.0)
+    beta = min(beta, 500 / largest)  # exp(-500) is still a number
+    below = np.logaddexp(0, -beta * margins) <= loss_threshold(np.asarray(ref_logps, np.float64), beta)
+    decided = np.abs(logps[:, CHOSEN] - logps[:, REJECTED]) > within
+    return int(np.sum((below != ranked(logps)) & decided))
+
+
 def reward_accuracy(logps: Float[np.ndarray, "n 2"], ref_logps: Float[np.ndarray, "n 2"]) -> float:
     """Share of pairs whose implicit reward is higher for chosen; a tie is no success."""
     ratios = logps - ref_logps

@@ -22,6 +22,7 @@ from pjpo import distributed, rollouts, sharding
 from pjpo.best_of import kl_bound, weights
 from pjpo.data import reviews
 from pjpo.evals import panel
+from pjpo.evals.preferences import kind_of
 from pjpo.evals.result import Result
 from pjpo.rewards import vader
 from pjpo.rewards.judge import SHORT, Judge
@@ -36,7 +37,7 @@ class Config:
     num_completions: int = 4  # of each held-out opening
     max_completion_tokens: int = 32
     batch_size: int = 32  # openings sampled and scored together
-    pairs_batch_size: int = 8  # held-out pairs scored together; with that of training nothing more has to be compiled
+    pairs_batch_size: int = 8  # held-out preferences scored together; training's own needs no further compilation
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -51,16 +52,18 @@ class Config:
         judge = Judge.train([review.text for review in known], [review.label for review in known])
         rates = f"{judge.accuracy:.0%} of held-out reviews, {judge.short_accuracy:.0%} by their first {SHORT} words"
         context.say(f"judge: right on {rates}")
-        pairs = [opening for opening in data.held_out if len(opening.completions) == 2]
+        with_completions = [opening for opening in data.held_out if opening.completions]
         on_pairs = None
-        if pairs:
+        if with_completions and kind_of(with_completions, context.method):
             sharding.check_batch(context.mesh, self.pairs_batch_size, name="evaluation.pairs_batch_size")
-            on_pairs = panel.build(context, pairs, self.pairs_batch_size)
+            on_pairs = panel.build(context, with_completions, self.pairs_batch_size)
         return Evaluation(self, context, [opening.prompt for opening in data.held_out], judge.reward, on_pairs)
 
 
 class Evaluation:
     """Samples, scores, measures. Openings and keys stay the same, so a difference between calls is the policy's."""
+
+    reads_reference = True  # a run keeps its start's weights for it, whatever its method reads
 
     def __init__(
         self, config: Config, context, prompts: Sequence[np.ndarray], judge: Callable, on_pairs: Callable | None = None
@@ -80,7 +83,7 @@ class Evaluation:
             ValueError: no reference to measure the KL to.
         """
         if ref_params is None:
-            raise ValueError("sentiment: KL needs a reference; set reference to adapter, online or stored")
+            raise ValueError("sentiment: KL needs a reference; pass ref_params, such as the parameters of the start")
         sampling = Sampling(
             num_completions=self.config.num_completions,
             max_completion_tokens=self.config.max_completion_tokens,

@@ -5,7 +5,7 @@ sums it over each sequence (`nll_reduction="sum"`). The two differ by the mean l
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class Config:
     beta: float = 0.1  # scale of the log-probs that are compared; dimensionless, > 0
     nll_weight: float = 1.0  # of the chosen completions' negative log-likelihood; >= 0
     nll_reduction: Literal["mean", "sum"] = "mean"  # over all chosen tokens of the batch, or over a sequence's own
+    reward_scale: ClassVar = None  # its rewards are no log-ratios; see `pjpo.evals.preferences`
 
     def __post_init__(self):
         checks.positive(self, "beta")

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pjpo import checks, pairs
-from pjpo.logps import sum_completion, widened
+from pjpo.logps import constant, sum_completion, widened
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -23,9 +23,19 @@ class Config:
         checks.positive(self, "beta")
         checks.not_negative(self, "gamma")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probs of the reference are read."""
+        return self.gamma > 0
+
+    @property
+    def reward_scale(self) -> float | None:
+        """What log-ratios are multiplied by for its rewards, which only at gamma = 1 they are; see `pjpo.evals`."""
+        return self.beta if self.gamma == 1 else None
+
 
 def loss(
-    config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: Float[Array, "B 2 T"]
+    config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: Float[Array, "B 2 T"] | None
 ) -> tuple[Mean, dict[str, Mean]]:
     """Logistic loss on the policy's log-prob margin less `gamma` times the reference's.
 
@@ -33,13 +43,13 @@ def loss(
         config: hyperparameters, static under jit.
         batch: pairs; axis 1 is (chosen, rejected). A pair with nothing to score (padding of a batch) is not counted.
         logps: policy log-probability of each completion token; nats, float32.
-        ref_logps: the same under the reference model; a constant to the gradient.
+        ref_logps: the same under the reference model; a constant to the gradient. May be None where gamma is 0.
 
     Returns:
         Loss in nats per pair, and metrics; each a `Mean` of sum and count over pairs.
     """
     rows = pairs.counted(config, batch)  # [B]
-    scaled = config.gamma * jax.lax.stop_gradient(widened(ref_logps))
-    rewards = config.beta * sum_completion(widened(logps) - scaled, batch.loss_mask)  # [B, 2]
+    attenuated = widened(logps) - config.gamma * constant(ref_logps) if config.gamma else widened(logps)
+    rewards = config.beta * sum_completion(attenuated, batch.loss_mask)  # [B, 2]
     losses = -jax.nn.log_sigmoid(pairs.margins(rewards))  # [B]
     return Mean.of(losses, rows), pairs.metrics(batch, logps, rewards)

@@ -26,6 +26,16 @@ class Config:
         checks.positive(self, "gamma")
         checks.one_of(self, "form", FORMS)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probs of the reference are read."""
+        return self.form != "hinge"
+
+    @property
+    def reward_scale(self) -> float | None:
+        """What log-ratios are multiplied by for its rewards, which those of "hinge" are not; see `pjpo.evals`."""
+        return None if self.form == "hinge" else self.gamma
+
 
 def loss(
     config: Config, batch: Batch, logps: Float[Array, "B 2 T"], ref_logps: Float[Array, "B 2 T"] | None

@@ -1,6 +1,7 @@
 """Simple Preference Optimization (SimPO). Meng et al. 2024, arXiv:2405.14734, Eq. 6. Departures: none."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 from jaxtyping import Array, Float
@@ -15,6 +16,7 @@ from pjpo.types import Batch
 class Config:
     beta: float = 2.0  # scale of the mean log-probs that are compared; the paper uses 2 to 2.5 (10 once); > 0
     margin: float = 1.0  # by how much chosen should win, gamma in the paper, which uses 0.3 to 1.6; >= 0
+    reward_scale: ClassVar = None  # its rewards are no log-ratios; see `pjpo.evals.preferences`
 
     def __post_init__(self):
         checks.positive(self, "beta")

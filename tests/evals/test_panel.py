@@ -11,7 +11,8 @@ from hypothesis import strategies
 from pjpo.data.buckets import Buckets
 from pjpo.data.examples import Example
 from pjpo.evals import panel
-from pjpo.methods import dpo
+from pjpo.evals.token_rewards import largest_share
+from pjpo.methods import dpo, dpo_attenuated, orpo, rso, simpo
 from pjpo.types import Batch
 
 REF = np.array([[-10.0, -8.0], [-6.0, -7.0], [-5.0, -5.0], [-9.0, -4.0]])
@@ -48,6 +49,82 @@ def test_the_idealised_bound_is_a_range_over_beta():
         [found[f"ranking/idealised_{name}"] for name in names], [min(each), np.median(each), max(each)]
     )
     np.testing.assert_allclose(found["ranking/alignment_gap"], np.median(each) - 0.75)
+
+
+def test_the_same_by_mean_log_probs():
+    found = panel.of_pairs(0.5, LOGPS, REF, LENGTHS)
+    means = REF / LENGTHS
+    each = [np.mean(means[:, 0] - means[:, 1] + np.log(999) / beta > 0) for beta in (0.01, 0.1, 1, 5, 10)]
+    assert min(each) < np.median(each)
+    np.testing.assert_allclose(found["ranking/idealised_min_per_token"], min(each))
+    np.testing.assert_allclose(found["ranking/idealised_median_per_token"], np.median(each))
+    gap = np.median(each) - found["ranking/accuracy_per_token"]
+    np.testing.assert_allclose(found["ranking/alignment_gap_per_token"], gap)
+
+
+def test_difficulty_is_by_how_much_the_reference_is_wrong():
+    found = panel.of_pairs(0.5, LOGPS, REF, LENGTHS)
+    np.testing.assert_allclose(found["ranking/difficulty"], np.mean([2.0, -1.0, 0.0, 5.0]))
+    assert found["ranking/theorem_4_1_violations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "scale"),
+    [
+        (dpo.Config(beta=0.3), "rewards", 0.3),
+        (rso.Config(gamma=0.05), "rewards", 0.05),
+        (rso.Config(gamma=0.05, form="hinge"), "implicit", 1.0),  # without a reference
+        (simpo.Config(beta=2.0), "implicit", 1.0),
+        (orpo.Config(), "implicit", 1.0),
+        (dpo_attenuated.Config(gamma=0.5), "implicit", 1.0),
+        (dpo_attenuated.Config(beta=0.2, gamma=1.0), "rewards", 0.2),
+    ],
+)
+def test_what_is_no_reward_of_the_method_has_another_name(method, name, scale):
+    rows = {"logps": LOGPS, "ref_logps": REF, "lengths": LENGTHS, "largest_shares": np.array([0.5, 1.0, np.nan, 0.6])}
+    metrics, words = panel.of_rows("pairs", method, [rows], 4)
+    assert metrics[f"{name}/margins"] == pytest.approx(scale * 1.5)
+    assert not any(metric.startswith("implicit/" if name == "rewards" else "rewards/") for metric in metrics)
+    assert metrics["token_rewards/largest_share"] == pytest.approx(0.7)  # of the three pairs that have one
+    assert "nats a completion" in words["displacement"]
+
+
+def test_what_nothing_was_counted_for_is_left_out():
+    rows = {"logps": REF, "ref_logps": REF, "lengths": LENGTHS, "largest_shares": np.full(4, np.nan)}
+    assert "token_rewards/largest_share" not in panel.of_rows("pairs", dpo.Config(), [rows], 4)[0]
+    one_kind = panel.of_labelled(0.5, LOGPS[:, 0], REF[:, 0], LENGTHS[:, 0], np.ones(4, bool))
+    assert not any("rejected" in name or "margins" in name for name in one_kind)
+
+
+def test_completions_with_labels():
+    """The eight completions of the pairs, as if nobody had paired them."""
+    logps, ref, lengths, labels = LOGPS.reshape(-1), REF.reshape(-1), LENGTHS.reshape(-1), np.array([True, False] * 4)
+    found = panel.of_labelled(0.5, logps, ref, lengths, labels)
+    expected = {
+        "rewards/chosen": 0.5 * 1.0,
+        "rewards/rejected": 0.5 * -0.5,
+        "rewards/margins": 0.5 * 1.5,
+        "logps/chosen": -6.5,
+        "logps/rejected": -6.5,
+        "logps/chosen_change": 1.0,
+        "logps/rejected_change": -0.5,
+        "length/chosen": 4.0,
+        "length/rejected": 15 / 4,
+        "length/reward_correlation": np.corrcoef(logps - ref, lengths)[0, 1],
+    }
+    assert found == pytest.approx(expected)
+    same = panel.of_labelled(0.5, ref + 1e-6, ref, lengths, labels)
+    assert same["length/reward_correlation"] == 0  # of rounding
+
+
+def test_the_regime_of_completions_with_labels():
+    noise, labels = np.tile([0.1, -0.1], 20), np.repeat([True, False], 20)
+    lengths, ref = np.full(40, 5), np.full(40, -9.0)
+    moved = ref + np.where(labels, -1.0, -3.0) + noise
+    expected = "Likelihood displacement: both fell, so the mass went to other completions (chosen -1.00, rejected -3.00"
+    assert expected in panel.displacement_of_labelled(moved, ref, lengths, labels)
+    said = panel.displacement_of_labelled(moved, ref, lengths, np.ones(40, bool))
+    assert said == "All held-out completions have one label, desirable."
 
 
 def test_length_bias():
@@ -124,6 +201,22 @@ def test_samples_of_one_prompt_tell_no_error():
     assert np.isnan(found["kl_stderr"])
 
 
+def test_a_change_within_rounding_is_none_and_a_small_one_is_no_nought():
+    ref, lengths = np.full((9, 2), -30.0), np.full((9, 2), 40)
+    small = ref + np.array([3e-4, 0.0])
+    assert "Reinforcement" in panel.displacement(small, ref)
+    assert panel.displacement(small, ref, lengths).startswith("Neither moved beyond chance")  # 40 tokens at 1e-5
+    said = panel.displacement(ref + np.array([-3e-3, 0.0]), ref, lengths)
+    assert "chosen fell, rejected stayed (chosen -0.003, rejected +0.00 nats" in said
+
+
+def test_the_largest_share_of_token_rewards():
+    ratios = jnp.array([[[3.0, -1.0], [0.5, 9.0]], [[1.0, 1.0], [-1.0, 1.0]], [[1e-6, 0.0], [0.0, 0.0]]])
+    mask = jnp.array([[[True, True], [True, False]], [[True, True], [True, True]], [[True, True], [True, True]]])
+    found = largest_share(ratios, mask, panel.ROUNDING)
+    np.testing.assert_allclose(found, [3 / 4.5, 1 / 4, np.nan], rtol=1e-6)
+
+
 def test_kl_and_entropy_of_samples():
     mask = np.array([[[True, True]], [[True, False]]])
     logps = np.array([[[-1.0, -2.0]], [[-0.5, 7.0]]])
@@ -147,9 +240,11 @@ def test_pairs_of_tokens_are_summed_one_by_one():
     )
     metrics, words = panel.build(context, pairs, 2)({"nats": 2.0}, {"nats": 1.0})
     sums = np.array([[-3, -3], [-2, -4], [-5, -1]], np.float64)
-    expected = panel.of_pairs(0.5, 2 * sums, sums, np.array([[2, 1], [1, 2], [1, 1]]))
+    lengths = np.array([[2, 1], [1, 2], [1, 1]])
+    expected = panel.of_pairs(0.5, 2 * sums, sums, lengths)
+    expected["token_rewards/largest_share"] = np.mean([3 / 6, 2 / 6, 5 / 6])
     assert metrics == pytest.approx(expected)
-    assert words == {"displacement": panel.displacement(2 * sums, sums)}
+    assert words == {"displacement": panel.displacement(2 * sums, sums, lengths)}
     context.method = types.SimpleNamespace()  # of no beta: log-ratios themselves
     metrics, _ = panel.build(context, pairs, 2)({"nats": 2.0}, {"nats": 1.0})
-    assert metrics["rewards/margins"] == pytest.approx((0 + 2 - 4) / 3)
+    assert metrics["implicit/margins"] == pytest.approx((0 + 2 - 4) / 3)

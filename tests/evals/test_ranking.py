@@ -96,6 +96,19 @@ def test_a_pair_is_ranked_rightly_exactly_where_its_loss_is_below_the_threshold(
     assert ranking.ranked(logps)[right_reference & low].all()  # Proposition 2.6
 
 
+def test_no_pair_contradicts_the_theorem_and_those_that_would_are_counted(monkeypatch):
+    rng = np.random.default_rng(0)
+    logps, ref_logps = -np.exp(rng.normal(3, 1, (2, 500, 2)))
+    for beta in (0.01, 1.0, 1e4):  # at the last most losses are below what float64 holds
+        assert ranking.threshold_violations(logps, ref_logps, beta) == 0
+    monkeypatch.setattr(ranking, "difficulty", lambda ref_logps: ref_logps[:, 0] - ref_logps[:, 1])
+    found = ranking.threshold_violations(logps, ref_logps, 0.1)
+    assert 0 < found < 500
+    margins, ref_margins = logps[:, 0] - logps[:, 1], ref_logps[:, 0] - ref_logps[:, 1]
+    assert found == np.sum((margins >= 0) != (margins >= 2 * ref_margins))
+    assert ranking.threshold_violations(logps, ref_logps, 0.1, within=1e6) == 0
+
+
 def test_the_papers_thresholds():
     ref = np.stack([-np.array([5.0, 30.0, 50.0]), np.zeros(3)], axis=1)
     np.testing.assert_allclose(ranking.loss_threshold(ref, 0.1), [0.474, 0.0486, 0.0067], atol=5e-4)

@@ -191,6 +191,9 @@ def test_the_sentiment_study_is_summed_up(smoke, name):
     assert margins[0] == pytest.approx(0, abs=1e-4)
     assert margins[-1] != 0
     assert {f"eval/{name}" for name in ("ranking/accuracy", "logps/chosen_change", "entropy")} <= summary.keys()
+    assert summary["eval/ranking/theorem_4_1_violations"] == 0
+    assert 0 < summary["eval/token_rewards/largest_share"] < 1
+    assert "start/token_rewards/largest_share" not in summary  # where no token has moved
     assert "nats a completion" in summary["displacement"]
     rewards = [summary[f"best_of/{num}/reward_vader"] for num in (1, 2, 4)]
     assert rewards == sorted(rewards)

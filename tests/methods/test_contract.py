@@ -12,8 +12,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pjpo import sharding
+from pjpo.evals.preferences import implicit_rewards
 from pjpo.metrics import Mean
 from pjpo.step import init_state, make_update
+from pjpo.types import CHOSEN
 from tests.methods.contract import NAMES, SHAPE, Method
 
 ROUNDING = {"rtol": 2e-6, "atol": 1e-6}  # the same float32 terms, added in another order
@@ -117,6 +119,21 @@ def test_what_a_model_computes_in_bfloat16_is_added_up_in_float32(method):
             )
             assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
             assert_same(found, expected)
+
+
+def test_rewards_are_implicit_rewards_exactly_where_the_config_says_so(method):
+    example = method.example()
+    batch = example.batch
+    for config in method.configs:
+        *arguments, others = on_device(example)
+        _, metrics = method.loss(config, *arguments, **others)
+        if "rewards/chosen" not in metrics:
+            continue
+        name, scale = implicit_rewards(config)
+        rewards = scale * np.where(batch.loss_mask, example.logps - batch.ref_logps, 0)[:, CHOSEN].sum(-1)
+        chosen = batch.labels[:, CHOSEN] if method.name == "kto" else np.ones(len(rewards), bool)
+        found = metrics["rewards/chosen"].sum
+        assert np.isclose(found, rewards[chosen].sum(), rtol=1e-5) == (name == "rewards"), f"{config}: {name} {scale}"
 
 
 @pytest.mark.parametrize("where", ["first completions", "other completions", "everywhere", "reference", "old"])

@@ -1,7 +1,15 @@
 """DPO with an attenuated reference against golden values, and DPO as its special case."""
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 from pjpo.methods import dpo_attenuated
+from pjpo.types import Batch
 from tests.methods import golden
+from tests.methods.contract import Contract
+
+CONTRACT = Contract(configs=(dpo_attenuated.Config(gamma=1.0),))
 
 
 @golden.in_both_dtypes
@@ -28,6 +36,15 @@ def test_it_is_dpo_at_1(dtype, bound):
         each=[0.64439666, 0.88338216, 0.65635014],
         gradient=golden.opposite([-0.01583403, -0.01955392, -0.01604196]),
     )
+
+
+def test_a_missing_reference_is_refused_as_by_every_method_unless_none_of_it_counts():
+    tokens = np.ones((1, 2, 3), np.int32)
+    batch, logps = Batch.of(completion_tokens=tokens), -jnp.arange(6.0).reshape(tokens.shape)
+    with pytest.raises(ValueError, match=r"^log-ratios need the log-probs of the reference, but ref_logps is None"):
+        dpo_attenuated.loss(dpo_attenuated.Config(gamma=0.5), batch, logps, None)
+    found, _ = dpo_attenuated.loss(dpo_attenuated.Config(gamma=0.0), batch, logps, None)
+    np.testing.assert_allclose(found.value(), np.log1p(np.exp(-0.1 * 9)), rtol=1e-6)
 
 
 @golden.in_both_dtypes
