@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -16,11 +17,16 @@ from pjpo import step
 from pjpo.types import Batch
 
 
+@dataclasses.dataclass(frozen=True)
 class Table:
     """Sequences of T tokens out of V; logits [T, V + 1, V], the last row of axis 1 for no previous token."""
 
-    def __init__(self, num_tokens: int, vocab_size: int):
-        self.shape = num_tokens, vocab_size + 1, vocab_size
+    num_tokens: int
+    vocab_size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.num_tokens, self.vocab_size + 1, self.vocab_size
 
     def init(self) -> jax.Array:
         return jnp.zeros(self.shape)
@@ -64,27 +70,28 @@ class Table:
 
 
 def train(
-    policy: Table, loss: Callable, method: Any, start: jax.Array, batch: Batch, *, num_steps: int, learning_rate: float
-) -> jax.Array:
-    """Full-batch Adam from `start`, which is also the reference where the loss has one."""
-    return path(policy, loss, method, start, batch, num_steps=num_steps, learning_rate=learning_rate)[-1]
+    policy: Any, loss: Callable, method: Any, start: Any, batch: Batch, *, num_steps: int, learning_rate: float
+) -> Any:
+    """Full-batch Adam from `start`, which is also the reference where the loss has one; a table or any other policy."""
+    params = path(policy, loss, method, start, batch, num_steps=num_steps, learning_rate=learning_rate)
+    return jax.tree.map(lambda x: x[-1], params)
 
 
 def path(
-    policy: Table, loss: Callable, method: Any, start: jax.Array, batch: Batch, *, num_steps: int, learning_rate: float
-) -> jax.Array:
+    policy: Any, loss: Callable, method: Any, start: Any, batch: Batch, *, num_steps: int, learning_rate: float
+) -> Any:
     """As `train`, with what each step arrives at, [num_steps, ...]."""
-    return _path(policy.shape, loss, method, start, batch, num_steps, learning_rate)
+    return _path(policy, loss, method, start, batch, num_steps, learning_rate)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5, 6))
-def _path(shape, loss, method, start, batch, num_steps, learning_rate):
-    policy, optimizer = Table(shape[0], shape[2]), optax.adam(learning_rate)
+def _path(policy, loss, method, start, batch, num_steps, learning_rate):
+    optimizer = optax.adam(learning_rate)
     has_reference = inspect.signature(loss).parameters["ref_logps"].annotation is not None
     ref_logps = policy.logps(start, batch) if has_reference else None
 
     def objective(params):
-        return step.apply(loss, method, batch, {"logps": policy.logps(params, batch)}, ref_logps)[0].value()
+        return step.apply(loss, method, batch, step.outputs_of(method, policy, params, batch), ref_logps)[0].value()
 
     def update(carry, _):
         params, state = carry
