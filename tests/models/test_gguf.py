@@ -9,8 +9,9 @@ import pytest
 
 from pjpo.models import gguf as gguf_reader
 from pjpo.models import load
+from pjpo.models.load import config as load_config
 from tests.models import tiny_gguf, tiny_llama
-from tests.models.test_families import DATA, TOKENS
+from tests.models.test_families import BOUND, DATA, TOKENS, logps, reference
 
 CONFIG = tiny_llama.CONFIG | {"vocab_size": len(tiny_llama.vocabulary())}
 
@@ -36,7 +37,8 @@ def test_equals_the_hugging_face_folder(tmp_path, tied):
     assert same_tokenizer.encode("hehe ½") == tokenizer.encode("hehe ½")
 
 
-# What the folder says for this test, as the file has no place for it, and what no file keeps of it.
+# What the folder says for the first test, as the file has no place for it, and settings that no file keeps: of the
+# folder for that test, and given with the file in the next.
 FAMILIES = {
     "llama2": ({}, {}),
     "llama3": ({"rope_theta": 5e5, "original_max_position_embeddings": 8192}, {}),
@@ -48,22 +50,60 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_equal_their_folders(family, tmp_path):
-    change, lost = FAMILIES[family]
+def family_folder(folder, family, change):
+    """The stored folder with a tokenizer and, where `change` says so, another config."""
     for file in (DATA / family).glob("model*"):
-        (tmp_path / file.name).symlink_to(file)
+        (folder / file.name).symlink_to(file)
     config = json.loads((DATA / family / "config.json").read_text())
     for name, value in change.items():
         (config["rope_parameters"] if name in config["rope_parameters"] else config)[name] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tiny_llama.write_tokenizer(tmp_path, TOKENS, [("a", "b")])
-    policy, params, _ = load(tmp_path, **lost)
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny_llama.write_tokenizer(folder, TOKENS, [("a", "b")])
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_their_folders(family, tmp_path):
+    change, lost = FAMILIES[family]
+    policy, params, _ = load(family_folder(tmp_path, family, change), **lost)
     from_gguf, same_params, _ = load(tiny_gguf.write(tmp_path / "tiny.gguf", tmp_path, TOKENS, ["a b"]))
     assert from_gguf == policy
     # Gemma's norms are stored plus 1, which costs the last bits of a float32.
     atol = 1.2e-7 if family.startswith("gemma") else 0
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), same_params, params)
+
+
+# Settings that are given with the file, as it has no place for them. That leaves the window of Mistral and Gemma, soft
+# caps, and the bases of RoPE to be read from it.
+GIVEN = {
+    "llama2": (),
+    "llama3": ("rope_theta", "rope_scaling"),
+    "mistral": (),
+    "qwen2": ("sliding_window", "global_layers"),
+    "qwen3": (),
+    "gemma2": ("query_scale",),
+    "gemma3": ("query_scale",),
+}
+
+
+@pytest.mark.parametrize("family", GIVEN)
+def test_log_probs_equal_transformers(family, tmp_path):
+    change, _ = FAMILIES[family]
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    whole.mkdir(), changed.mkdir()
+    config = load_config(family_folder(whole, family, {}))
+    window = ("llama.attention.sliding_window", (config.sliding_window, gguf.GGUFValueType.UINT32))
+    path = tiny_gguf.write(
+        tmp_path / "tiny.gguf",
+        family_folder(changed, family, change),
+        TOKENS,
+        ["a b"],
+        settings=[window] if family == "mistral" else [],
+    )
+    policy, params, _ = load(path, **{name: getattr(config, name) for name in GIVEN[family]})
+    batch, expected, _ = reference(family)
+    np.testing.assert_allclose(logps(policy, params, batch), expected, rtol=0, atol=BOUND)
+    assert policy.config == config
 
 
 def test_the_largest_gemmas_divide_scores_by_another_root(tmp_path):
