@@ -5,14 +5,15 @@ import json
 import pathlib
 import pickle
 import string
+import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from pjpo.tokenizer import Tokenizer
+from pjpo.tokenizer import _GGUF_PRE_TOKENIZERS, Tokenizer
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", "<|im_end|>", "<think>", *BYTES, "11", "he"]
@@ -58,6 +59,52 @@ def test_digits_are_split_where_the_file_says_so(tokenizer):
     qwen = Tokenizer.from_gguf(FIELDS | {"tokenizer.ggml.pre": "qwen2"})
     assert qwen.encode("11") == [one, one]
     assert qwen.decode(qwen.encode("e\u0301")) == "é"  # composed, as its normaliser does
+
+
+def words(text, most_digits):
+    """What llama.cpp's loop over characters cuts a text into for llama-bpe and qwen2."""
+
+    def kind(i):
+        c = text[i] if i < len(text) else ""
+        return "" if not c else "space" if c.isspace() else unicodedata.category(c)[0]
+
+    def run(i, kinds):
+        while kind(i) in kinds:
+            i += 1
+        return i
+
+    others, pieces, i = set("MPSC"), [], 0
+    while i < len(text):
+        short = next((s for s in ("s", "t", "re", "ve", "m", "ll", "d") if text[i:].lower().startswith(f"'{s}")), None)
+        before_letters = kind(i) not in ("L", "N") and text[i] not in "\r\n" and kind(i + 1) == "L"
+        after_space = i + (text[i] == " ")
+        spaces = run(i, {"space"})
+        line_ends = [j + 1 for j in range(i, spaces) if text[j] in "\r\n"]
+        if short:
+            end = i + 1 + len(short)
+        elif before_letters or kind(i) == "L":
+            end = run(i + before_letters, {"L"})
+        elif kind(i) == "N":
+            end = min(run(i, {"N"}), i + most_digits)
+        elif kind(after_space) in others:
+            end = run(after_space, others)
+            while text[end : end + 1] in ("\r", "\n"):
+                end += 1
+        elif line_ends:
+            end = line_ends[-1]
+        else:  # the last space belongs to what follows, unless it is alone
+            end = spaces - (spaces > i + 1 and spaces < len(text))
+        pieces.append(text[i:end])
+        i = end
+    return pieces
+
+
+@settings(max_examples=500)
+@given(st.text(alphabet="aZé中ب\u0301¼٣5''sStTlLrReEvVmMdD  \t\r\n\u00a0\u3000_.,!🙂", max_size=30))
+@pytest.mark.parametrize(("pre", "most_digits"), [("llama-bpe", 3), ("qwen2", 1)])
+def test_words_are_those_of_llama_cpp(pre, most_digits, text):
+    split, _ = _GGUF_PRE_TOKENIZERS[pre]
+    assert [word for word, _ in split.pre_tokenize_str(text)] == words(text, most_digits)
 
 
 def test_special_tokens_in_text_are_text_unless_asked_for(tokenizer):

@@ -1,7 +1,12 @@
 import gzip
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
+import termios
 
 import pytest
 
@@ -92,6 +97,26 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
     assert f"3 rows in {tmp_path / 'out'}" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"exists already"):
         command.main([str(tmp_path / "pairs.jsonl"), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_the_command_shows_how_far_it_is(tmp_path, name):
+    file = _file(tmp_path, pairs(99), name)
+    command = [sys.executable, "-m", "pjpo.data.prepare", file, tmp_path / "out"]
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 200))
+    subprocess.run(command, stderr=terminal, check=True, timeout=300)
+    os.close(terminal)
+    shown = os.read(screen, 2**16).decode()
+    os.close(screen)
+    # Bytes of the file and their rate: reading pairs.jsonl: 100%|████| 1.23k/1.23k [00:00<00:00, 99.9kB/s]
+    assert re.search(rf"reading .*{name}: .* 0.00/\S+ \[", shown), shown
+    assert re.search(rf"reading .*{name}: 100%.*\[\S+<\S+, \S+B/s\]\s+99 rows in {tmp_path / 'out'}", shown), shown
+
+
+def test_what_is_no_terminal_gets_no_progress(tmp_path, capsys):
+    command.main([str(_file(tmp_path, pairs(3))), str(tmp_path / "out")])
+    assert capsys.readouterr().err == f"3 rows in {tmp_path / 'out'}\n"
 
 
 @pytest.mark.parametrize(
