@@ -60,6 +60,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=Path, default=Path(__file__).with_name("jobs.json"), help="job sizes, JSON")
     parser.add_argument("--model", default="smol135m")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of products; weights at rest are float32")
+    parser.add_argument(
+        "--attention",
+        choices=("plain", "flash"),
+        default="plain",
+        help="flash: JAX's fused kernels, on GPU and TPU alone",
+    )
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each variant; one more warms up")
     parser.add_argument("--variants", help="comma-separated; all that fit the job by default")
@@ -82,6 +88,7 @@ def main() -> None:
         "job": {"name": args.job, **job},
         "model": {"name": args.model, **model},
         "dtype": args.dtype,
+        "attention": args.attention,
         "cores": len(cores),
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
@@ -118,6 +125,7 @@ class Bench:
             tied_head=m["tied"],
             max_positions=m["max_pos"],
             dtype=DTYPES[self.args.dtype],
+            attention=self.args.attention,
             lora=lora.Config() if reference == "adapter" else None,
         )
         self.policy = Policy(config)

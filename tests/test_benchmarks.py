@@ -42,10 +42,13 @@ SPECIAL = {"pad": 0, "eos": 1, "bos": 2, "unk": 3, "first_free": 4}
 def test_every_variant_runs(job, tmp_path):
     spec = {"seed": 1, "lr": 1e-6, "beta": 0.1, "max_grad_norm": 1.0, "special_tokens": SPECIAL}
     (tmp_path / "jobs.json").write_text(json.dumps(spec | {"models": {"tiny": MODEL}, "jobs": JOBS}))
-    command = [sys.executable, "-m", "benchmarks.bench", job, "--jobs", tmp_path / "jobs.json"]
-    done = subprocess.run([*command, "--model", "tiny", "--steps", "1"], capture_output=True, text=True)
+    attention = "flash" if job == "sft" else "plain"  # which is the same on a CPU
+    command = [sys.executable, "-m", "benchmarks.bench", job, "--jobs", tmp_path / "jobs.json", "--model", "tiny"]
+    done = subprocess.run([*command, "--steps", "1", "--attention", attention], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    variants = json.loads(done.stdout)["variants"]
+    report = json.loads(done.stdout)
+    assert report["attention"] == attention
+    variants = report["variants"]
     assert set(variants) == VARIANTS[job]
     assert all(facts["tokens_per_s"] > 0 for facts in variants.values())
 
@@ -55,10 +58,17 @@ def test_a_size_s_speed_is_of_its_own_tokens(monkeypatch):
     monkeypatch.setattr(bench, "_now", lambda cores: next(clock))  # whatever is done takes a second
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # or later tests compile again
     options = {"job": "gen_sizes", "model": "tiny", "dtype": "fp32", "cores": 1, "steps": 2, "variants": None}
+    options["attention"] = "plain"
     spec = {"seed": 1, "special_tokens": SPECIAL}
     found = bench.sizes(bench.Bench(spec, JOBS["gen_sizes"], MODEL, types.SimpleNamespace(**options)))
     speeds = {name: facts["tokens_per_s"] for name, facts in found.items()}
     assert speeds == {"1 x 2": 2, "1 x 5": 5, "3 x 2": 6, "3 x 5": 15}
+
+
+def test_the_policy_has_the_attention_that_was_asked_for():
+    options = {"job": "sft", "model": "tiny", "dtype": "bf16", "steps": 1, "attention": "flash"}
+    job = bench.Bench({"seed": 1}, JOBS["sft"], MODEL, types.SimpleNamespace(**options))
+    assert job.policy.config.attention == "flash"
 
 
 @pytest.mark.parametrize(
