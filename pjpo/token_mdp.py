@@ -8,10 +8,12 @@ exp((Q - V) / beta), and Eq. 13 adds V(s_0).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+from pjpo.types import Batch
 
 State = tuple[int, ...]  # the tokens so far
 PerState = dict[State, Float[np.ndarray, " V"]]
@@ -36,7 +38,8 @@ def solve(rewards: Mapping[State, np.ndarray], ref: Mapping[State, np.ndarray], 
         beta: pull to the reference.
 
     Raises:
-        ValueError: a beta that is not positive, states that differ, or one that is no tuple of the tokens so far.
+        ValueError: a beta that is not positive, states that differ, one that is no tuple of the tokens so far, or a
+            reference that rules a token out.
     """
     if not beta > 0:
         raise ValueError(f"token MDP: beta must be > 0, got {beta}")
@@ -44,6 +47,12 @@ def solve(rewards: Mapping[State, np.ndarray], ref: Mapping[State, np.ndarray], 
         raise ValueError(f"token MDP: rewards and reference differ in states {sorted(rewards.keys() ^ ref.keys())}")
     if wrong := [state for state in rewards if not isinstance(state, tuple)]:
         raise ValueError(f"token MDP: a state is the tuple of its tokens, () at the start, got {wrong[0]!r}")
+    for state, probabilities in ref.items():
+        if not np.all(np.asarray(probabilities) > 0):
+            raise ValueError(
+                f"token MDP: reference probabilities must be > 0, as they are divided by, got {list(probabilities)} in "
+                f"state {state}; leave tokens that cannot be out of the vocabulary"
+            )
     q, v, policy, advantages = {}, {}, {}, {}
     for state in sorted(rewards, key=len, reverse=True):
         log_ref = np.log(ref[state])
@@ -80,6 +89,32 @@ def beam_search(
             grown += [((*state, token), total + float(logp)) for token, logp in enumerate(logps(state))]
         beams = sorted(grown, key=lambda beam: -beam[1])[:num_beams]
     return beams[0]
+
+
+def next_logps(
+    logps: Callable[[Batch], Array], *, vocab_size: int, num_tokens: int, prompt: Sequence[int] = ()
+) -> Callable[[State], np.ndarray]:
+    """What `beam_search` asks of a policy, from its log-probs of given completions.
+
+    All continuations of a state are scored together, so it is for small vocabularies; one shape serves all states.
+
+    Args:
+        logps: of a batch, [1, V, T] nats; `functools.partial(policy.logps, params)`.
+        vocab_size: V.
+        num_tokens: T, the longest sequence.
+        prompt: token ids that come first.
+    """
+    every = np.arange(vocab_size, dtype=np.int32)
+
+    def after(state: State) -> np.ndarray:
+        tokens = np.zeros((1, vocab_size, num_tokens), np.int32)
+        tokens[0, :, : len(state)], tokens[0, :, len(state)] = state, every
+        mask = np.broadcast_to(np.arange(num_tokens) <= len(state), tokens.shape)
+        prompts = np.asarray(prompt, np.int32)[None]
+        batch = Batch.of(prompt_tokens=prompts, completion_tokens=tokens, completion_mask=mask)
+        return np.asarray(logps(batch))[0, :, len(state)]
+
+    return after
 
 
 def sequence_logp(policy: Mapping[State, np.ndarray], sequence: State) -> float:

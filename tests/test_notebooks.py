@@ -1,7 +1,9 @@
 """Every notebook is kept without outputs, and runs from its first cell to its last."""
 
 import base64
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def test_a_run_of_rollouts_is_drawn(tmp_path, monkeypatch):
     [
         ("02_losses_side_by_side", ("margin", "noise"), {"noise": "'rDPO': 2.0", "ties": "reward model accuracy 0.5"}),
         ("03_ranking_and_displacement", ("threshold",), {"displacement": "Likelihood displacement: both fell"}),
-        ("04_token_credit", ("credit",), {"search": "16 beams"}),
+        ("04_token_credit", ("credit",), {"search": "16 beams", "policy": "token there: 0"}),
     ],
 )
 def test_the_toys_run_and_draw(name, pictures, printed, tmp_path, monkeypatch):
@@ -69,6 +71,40 @@ def test_the_toys_run_and_draw(name, pictures, printed, tmp_path, monkeypatch):
         assert len(base64.b64decode(found[0])) > 5000
     for cell, text in printed.items():
         assert text in "".join(output.get("text", "") for output in outputs[cell])
+    if name.startswith("02"):
+        check_losses(*("".join(output.get("text", "") for output in outputs[cell]) for cell in ("methods", "ties")))
+
+
+def check_losses(methods, ties):
+    """Every method that learns from preferences is drawn, in each of its forms, with its loss and slope at a tie."""
+    drawn = "cdpo cpo dpo dpo_attenuated ipo kto orpo rdpo reward_model rso simpo slic"
+    assert methods.strip() == f"methods: {drawn}"
+    rows = re.findall(r"^(.+?) +(-?\d+\.\d{4}) +([+-]\d+\.\d{4})$", ties, re.MULTILINE)
+    found = {name: (float(value), float(slope)) for name, value, slope in rows}
+    log2, sigmoid1 = math.log(2), 1 / (1 + math.exp(-1))
+    expected = {  # of completions of 10 tokens
+        "DPO": (log2, -0.1 / 2),
+        "cDPO": (log2, -0.1 * (0.5 - 0.2)),
+        "rDPO": (log2, -0.1 * (0.5 + 0.2 / 0.6)),
+        "attenuated DPO": (log2, -0.1 / 2),
+        "IPO (sums)": (25, -10),
+        "IPO (means)": (25, -1),
+        "RSO sigmoid-norm": (log2, -0.05 / 2),
+        "RSO hinge": (1, -0.1),
+        "RSO hinge-norm": (1, -0.2),
+        "SLiC without NLL": (10, -1),
+        "CPO": (log2 + 4, -0.1 / 2 - 1 / 20),
+        "CPO without NLL": (log2, -0.1 / 2),
+        "SimPO": (math.log1p(math.e), -2 / 10 * sigmoid1),
+        "KTO, desirable": (0.5, -0.1 / 4),
+        "KTO, undesirable": (0.5, 0.1 / 4),
+        "Bradley-Terry reward model": (log2, -0.5),
+    }
+    assert found.keys() == expected.keys() | {"ORPO"}
+    for name, numbers in expected.items():
+        assert found[name] == pytest.approx(numbers, abs=1e-4), name
+    p = math.exp(-4)  # of a token on average; ORPO's likelihood and the slope of its log-odds
+    assert found["ORPO"] == pytest.approx((4 + log2, -1 / 20 - 0.5 / 10 / (1 - p)), abs=1e-4)
 
 
 @pytest.mark.filterwarnings("default")

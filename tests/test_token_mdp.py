@@ -1,5 +1,6 @@
 """The token MDP against golden values, the identities of a random one by enumeration, and beam search."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from pjpo import token_mdp
 from pjpo.evals.token_rewards import token_rewards
+from pjpo.types import Batch
+from tests import tiny
 
 REWARDS = {(): np.array([0.0, 0.1]), (0,): np.array([0.6, 0.5]), (1,): np.array([-1.0, 0.85])}
 REF = {(): np.array([0.5, 0.5]), (0,): np.array([0.5, 0.5]), (1,): np.array([0.7, 0.3])}
@@ -75,6 +78,22 @@ def test_a_wide_enough_beam_finds_the_likeliest_sequence():
     assert token_mdp.beam_search(lambda state: np.log(policy[state]), 3, 16)[0] == best
 
 
+def test_a_trained_policy_is_searched_by_its_own_log_probs():
+    """A tiny decoder after a prompt: a beam as wide as the vocabulary finds the likeliest of all pairs of tokens."""
+    policy = tiny.make_policy(vocab_size=7, num_layers=1)
+    params, prompt = tiny.make_params(policy), (3, 1, 4)
+    search = token_mdp.next_logps(functools.partial(policy.logps, params), vocab_size=7, num_tokens=2, prompt=prompt)
+    every = np.array(list(itertools.product(range(7), repeat=2)), np.int32)
+    batch = Batch.of(prompt_tokens=np.array([prompt], np.int32), completion_tokens=every[None])
+    logps = np.asarray(policy.logps(params, batch))[0].sum(-1)
+    found, logp = token_mdp.beam_search(search, 2, 7)
+    assert found == tuple(every[logps.argmax()])
+    assert logp == pytest.approx(logps.max(), abs=1e-5)
+    np.testing.assert_allclose(np.exp(search((2,))).sum(), 1, rtol=1e-5)
+    others = token_mdp.next_logps(functools.partial(policy.logps, params), vocab_size=7, num_tokens=2, prompt=(5,))
+    assert np.abs(others(()) - search(())).max() > 0.01
+
+
 def test_an_end_token_ends_a_beam():
     logps = {(): [0.4, 0.6], (0,): [0.9, 0.1], (0, 0): [0.9, 0.1]}
     found = token_mdp.beam_search(lambda state: np.log(logps[state]), 3, 2, end=1)
@@ -102,6 +121,8 @@ def test_what_cannot_be_solved_is_refused():
         token_mdp.solve(REWARDS, REF, 0)
     with pytest.raises(ValueError, match=r"differ in states \[\(1,\)\]"):
         token_mdp.solve(REWARDS, {state: p for state, p in REF.items() if state != (1,)}, 0.5)
+    with pytest.raises(ValueError, match=r"reference probabilities must be > 0, as they are divided by, .* \(1,\)"):
+        token_mdp.solve(REWARDS, REF | {(1,): np.array([1.0, 0.0])}, 0.5)
     with pytest.raises(ValueError, match=r"a state is the tuple of its tokens, \(\) at the start, got '0'"):
         token_mdp.solve({"0": np.zeros(2)}, {"0": np.full(2, 0.5)}, 0.5)
     with pytest.raises(ValueError, match="num_beams and num_tokens must be >= 1, got 0 and 3"):
