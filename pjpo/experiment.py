@@ -186,6 +186,13 @@ def completed(method: Any, batch: Batch) -> Batch:
     return method.prepare(batch) if hasattr(method, "prepare") else batch
 
 
+def notice(method: Any, data: Data) -> str | None:
+    """What a method has to say of the labels it trains on, if its config has `notice` (KTO does)."""
+    if not (hasattr(method, "notice") and data.train and data.train[0].labels):
+        return None
+    return method.notice([bool(label) for example in data.train for label in example.labels or ()])
+
+
 def _check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Settings that do not fit each other, or the machine.
 
@@ -267,6 +274,8 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     kept = resumed / PAIRS if resumed else None
     data = saved_data.load(kept) if kept and kept.exists() else experiment.data.build(context)
     say(data.about)
+    if said := notice(experiment.method, data):
+        say(said)
     loss = per_source(experiment.loss, data.sources) if data.sources else experiment.loss
     context = dataclasses.replace(context, loss=loss, buckets=Buckets.of(itertools.chain(data.train, data.held_out)))
     evaluate = experiment.evaluation.build(context, data) if experiment.evaluation else None

@@ -6,6 +6,7 @@ and not below zero. So a row holds two completions of one prompt: its own, and t
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,18 @@ class Config:
     def whole_batch(self) -> bool:
         """A completion's loss depends on the others of the batch, through the reference point; see `pjpo.step`."""
         return True
+
+    def notice(self, labels: Sequence[bool]) -> str:
+        """What a run says of the labels of its training data, before it starts."""
+        num_chosen, num_rejected = sum(labels), len(labels) - sum(labels)
+        chosen, rejected = self.weight_chosen * num_chosen, self.weight_rejected * num_rejected
+        ratio = "one kind alone"
+        if rejected:
+            ratio = f"{chosen / rejected:.3g} to 1 by weight (the paper keeps within 1 and 1.5)"
+        return (
+            f"kto: {num_chosen} desirable and {num_rejected} undesirable completions, {ratio}. The reference point "
+            "does not look at labels, so a batch of one kind has it too, and logs nothing of the other"
+        )
 
     def prepare(self, batch: Batch) -> Batch:
         """What a run does to every batch on the host: one labelled completion of each prompt becomes the two."""

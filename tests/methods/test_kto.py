@@ -1,9 +1,14 @@
 """KTO against golden values: the reference point over the whole batch, clamped, and the weights of both labels."""
 
+import re
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo.methods import kto
+from pjpo.data.examples import Data, Example
+from pjpo.experiment import notice
+from pjpo.methods import dpo, kto
 from pjpo.types import Batch
 from tests.methods import golden
 from tests.methods.contract import Contract
@@ -67,6 +72,42 @@ def test_one_label_alone_keeps_the_reference_point_and_has_no_margin():
     np.testing.assert_allclose(found.mean, expected.mean(), rtol=1e-10)
     np.testing.assert_allclose(found.metrics["kl"], point, rtol=1e-10)
     assert found.metrics["rewards/margins"] == 0
+
+
+def test_what_a_batch_lacks_is_counted_as_nothing():
+    """A mean of nothing has a count of 0, by which whoever logs leaves it out: it is no measurement of 0."""
+    tokens, labels = np.ones((3, 2, 1), np.int32), np.ones((3, 2), bool)
+    logps = np.random.default_rng(0).normal(size=tokens.shape).astype(np.float32)
+    batch = Batch.of(completion_tokens=tokens, labels=labels)
+    _, metrics = kto.loss(kto.Config(), batch, jnp.asarray(logps), jnp.zeros(tokens.shape))
+    counts = {name: float(mean.count) for name, mean in metrics.items()}
+    assert counts == {
+        "rewards/chosen": 3,
+        "rewards/rejected": 0,
+        "logps/chosen": 3,
+        "logps/rejected": 0,
+        "rewards/margins": 0,
+        "kl": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "weight", "said"),
+    [
+        ((True, True, True, False), 1.0, r"3 desirable and 1 undesirable completions, 3 to 1 by weight \(the paper"),
+        ((True, True, True, False), 2.0, "3 desirable and 1 undesirable completions, 1.5 to 1 by weight"),
+        ((True, True), 1.0, "2 desirable and 0 undesirable completions, one kind alone. The reference point does not"),
+        ((True, False), 0.0, "1 desirable and 1 undesirable completions, one kind alone"),
+        ((False,), 1.0, "0 desirable and 1 undesirable completions, 0 to 1 by weight"),
+    ],
+)
+def test_a_run_says_what_labels_it_has_and_what_becomes_of_the_reference_point(labels, weight, said):
+    empty = np.zeros(1, np.int32)
+    rows = [Example(empty, (empty,), {}, "", labels=(label,)) for label in labels]
+    found = notice(kto.Config(weight_rejected=weight), Data(rows, [], {}, ""))
+    assert re.match(f"kto: {said}", found)
+    assert "a batch of one kind has it too, and logs nothing of the other" in found
+    assert notice(dpo.Config(), Data(rows, [], {}, "")) is None
 
 
 def test_a_batch_without_labels_is_refused():
