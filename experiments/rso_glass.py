@@ -48,7 +48,8 @@ class Study(study.Study):
         openings = start.openings("train", self.num_openings, seed)
         candidates = start.sample(start.params, openings, jax.random.key(2 * seed + 1), self.num_candidates)
         scores, rewards = ranker.scores(candidates, start.tokenizer), start.rewards(candidates)
-        found = {"ranking model: held-out accuracy": accuracy}
+        repeated = rejection.num_identical(candidates.completion_tokens, candidates.completion_mask) / scores.size
+        found = {"ranking model: held-out accuracy": accuracy, "pools: identical candidates": repeated}
         for source, games in self.sources(scores, seed).items():
             chosen = float(np.mean([rewards[row, winner] for row, winner, _ in games]))
             for name, (loss, method, reference) in LOSSES.items():

@@ -22,12 +22,22 @@ def information(policy: Distribution, ref: Distribution) -> Distribution:
 
 
 def rejected_distribution(ref: Distribution, target: Distribution, beta: float | int) -> Distribution:
-    """Where rejected responses must come from for DPO at `beta` to lead to `target`: ref (ref / target)^beta."""
+    """Where rejected responses must come from for DPO at `beta` to lead to `target`: ref (ref / target)^beta.
+
+    Raises:
+        ValueError: a beta that is not positive, or a response without probability.
+    """
+    _check(beta, ref=ref, target=target)
     return _normalised(np.log(ref) + beta * (np.log(ref) - np.log(target)))
 
 
 def target_distribution(ref: Distribution, rejected: Distribution, beta: float | int) -> Distribution:
-    """The inverse: what DPO at `beta` leads to when rejected responses come from `rejected`."""
+    """The inverse: what DPO at `beta` leads to when rejected responses come from `rejected`.
+
+    Raises:
+        ValueError: a beta that is not positive, or a response without probability.
+    """
+    _check(beta, ref=ref, rejected=rejected)
     return _normalised(np.log(ref) + (np.log(ref) - np.log(rejected)) / beta)
 
 
@@ -73,6 +83,17 @@ def estimate_entropy(
     # d(log Z - E_q f): each sample moves log Z by w / Z and E_q f by w (f - E_q f) / Z.
     influence = weights / mean - 1 - weights * (ratios - expected) / mean
     return float(np.log(mean) + scale - expected), float(influence.std(ddof=1) / math.sqrt(len(ratios)))
+
+
+def _check(beta: float | int, **distributions: Distribution) -> None:
+    if not 0 < beta < math.inf:
+        raise ValueError(f"differential information: beta must be > 0 and finite, got {beta}")
+    for name, p in distributions.items():
+        if not np.all(p > 0):
+            raise ValueError(
+                f"differential information: probabilities of {name} must be > 0, as they are divided by, got "
+                f"{float(np.min(p))} at {int(np.argmin(p))}; leave out responses that nothing draws"
+            )
 
 
 def _normalised(logs: Distribution) -> Distribution:

@@ -1,5 +1,7 @@
 """Differential information against golden values and its identities."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,20 @@ def test_the_estimate_is_exact_within_its_error_where_weights_are_tame():
         for d in rng.choice(4, p=REF, size=(400, 2000))
     ]
     np.testing.assert_allclose(np.std(estimates), error * 5, rtol=0.15)  # a twenty-fifth of the samples
+
+
+def test_what_cannot_be_divided_by_is_refused():
+    gap = np.array([0.5, 0.0, 0.25, 0.25])
+    for function in (did.target_distribution, did.rejected_distribution):
+        for beta in (0.0, -1.0, math.nan):
+            with pytest.raises(ValueError, match=f"beta must be > 0 and finite, got {beta}"):
+                function(REF, TARGET, beta)
+        with pytest.raises(ValueError, match=r"probabilities of ref must be > 0, as they are divided by, got 0.0 at 1"):
+            function(gap, TARGET, 0.5)
+    with pytest.raises(ValueError, match="probabilities of rejected must be > 0"):
+        did.target_distribution(REF, gap, 0.5)
+    with pytest.raises(ValueError, match="probabilities of target must be > 0"):
+        did.rejected_distribution(REF, gap, 0.5)
 
 
 def test_a_target_of_no_mass_has_no_entropy_there():

@@ -8,7 +8,9 @@ from experiments.claims import ranking as claims
 from pjpo.evals import ranking
 
 
-@pytest.mark.parametrize(("mean_loss", "accuracy", "flipped"), [(0.5, 0.5857, 0.1713), (0.4, 0.6386, 0.2773)])
+@pytest.mark.parametrize(
+    ("mean_loss", "accuracy", "flipped"), [(0.6, 0.5390, 0.0780), (0.5, 0.5857, 0.1713), (0.4, 0.6386, 0.2773)]
+)
 def test_pairs_move_alike(mean_loss, accuracy, flipped):
     logps, ref_logps, reached = claims.descend(0, mean_loss)
     margin = -np.log(np.exp(reached) - 1) / claims.BETA

@@ -30,6 +30,16 @@ def test_estimation_is_biased_but_for_rdpo():
     np.testing.assert_allclose(means["rdpo 8000"], 0.26, atol=0.12)
 
 
+@pytest.mark.parametrize(("flip_rate", "distance"), [(0.1, 0.11), (0.4, 0.54)])
+def test_the_error_grows_with_the_flip_rate(flip_rate, distance):
+    """Median distance to the true weights at 8,000 pairs, of 50 other draws; here of 9."""
+    found = []
+    for seed in range(9):
+        truth, _, noisy = rdpo.data(seed, 8000, flip_rate)
+        found.append(np.linalg.norm(rdpo.fit("rdpo", noisy, flip_rate) - truth))
+    np.testing.assert_allclose(np.median(found), distance, rtol=0.35)
+
+
 def test_the_loss_has_a_minimum_where_the_condition_says_so():
     agreeing = np.abs(np.random.default_rng(0).normal(size=(20, 1)))
     for weight, expected in ((0.35, False), (0.5, True)):  # 0.3 / 0.7 = 0.43 of the agreeing mass is needed

@@ -1,7 +1,9 @@
 """RSO's known answers: which policy each source of pairs leads to."""
 
+import jax
 import numpy as np
 import pytest
+from scipy import optimize
 
 from experiments.claims import rso
 
@@ -34,3 +36,18 @@ def test_the_hinge_s_optimum_reads_no_reference(source):
     np.fill_diagonal(weights, 0)
     best = tilts[np.argmin((weights * np.maximum(0, 1 - 0.5 * margins)).sum((1, 2)))]
     assert rso.population("hinge", source)[1] == pytest.approx(best, abs=0.011)
+
+
+def test_the_best_that_the_class_can_do():
+    """Expected reward less beta times the KL to the SFT policy, which no policy of the class exceeds."""
+
+    def objective(a):
+        p = np.asarray(rso.policy(a), np.float64)
+        return p @ rso.REWARDS - rso.BETA * p @ (np.log(p) - np.log(rso.SFT))
+
+    with jax.enable_x64(True):
+        found = optimize.minimize_scalar(lambda a: -objective(a), bounds=(-3, 6), method="bounded")
+        np.testing.assert_allclose(-found.fun, 0.467403, atol=1e-6)
+        reached = {source: objective(rso.population("sigmoid_norm", source)[1]) for source in rso.SOURCES}
+    assert reached["direct"] < reached["sft-sample-rank"] < -found.fun
+    assert reached["rso-sample-rank"] < -found.fun
