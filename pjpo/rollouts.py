@@ -75,13 +75,18 @@ def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
     """The ids after which completions end: the tokenizer's own, and those of some texts.
 
     Raises:
-        ValueError: a text that is not one token.
+        ValueError: a text that is not one token, or that the tokenizer knows no token for.
     """
     found = list(tokenizer.stop_ids)
     for text in stop:
         ids = tokenizer.encode(text, special=True)
         if len(ids) != 1:
             raise ValueError(f"stop {text!r} must be one token of the tokenizer, got {len(ids)}; choose another text")
+        if (meant := tokenizer.decode(ids, skip_special=False)) != text:  # such as that of all unknown characters
+            raise ValueError(
+                f"stop {text!r} has no token of its own: the tokenizer takes it for {meant!r}, id {ids[0]}; choose "
+                "another text"
+            )
         found += ids
     return tuple(sorted(set(found)))
 

@@ -34,7 +34,7 @@ METHOD = dataclasses.replace(grpo.GRPO, beta=0.1)
 class Alphabet:
     stop_ids = (0, 1, 2, 3)
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special=True):
         return "".join(chr(97 + i) for i in ids)
 
     def encode(self, text, special=False):

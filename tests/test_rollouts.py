@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pjpo import rollouts
+from pjpo import models, rollouts
 from pjpo.models.decoder import Config
 from pjpo.models.policy import Policy
 from pjpo.sampling import Sampling
@@ -101,3 +101,11 @@ def test_what_does_not_end_is_cut_off():
 def test_no_prompts_are_refused():
     with pytest.raises(ValueError, match="no prompts"):
         sample([])
+
+
+def test_stop_texts_are_one_token_that_means_them():
+    _, _, tokenizer = models.load("glassllm-en")
+    assert rollouts.stop_tokens(("\n", "<eos>"), tokenizer) == (3, 4)
+    # All characters outside of the vocabulary share the id of <unk>, which would end completions at any of them.
+    with pytest.raises(ValueError, match="stop '☃' has no token of its own: the tokenizer takes it for '⁇', id 1"):
+        rollouts.stop_tokens(("\n", "☃"), tokenizer)
