@@ -16,8 +16,8 @@ from pjpo.types import Batch
 def per_source(loss: Callable, sources: Sequence[str]) -> Callable:
     """The same loss, whose metrics hold `source/<name>/loss` and `source/<name>/<metric>` too.
 
-    A method counts no completion whose `loss_mask` is empty, so the numbers of one source are those of the batch with
-    all others masked. They are means with their counts: a source that a batch lacks adds nothing to what is logged.
+    A method counts no completion whose masks are empty, so the numbers of one source are those of the batch with all
+    others masked. They are means with their counts: a source that a batch lacks adds nothing to what is logged.
 
     Args:
         loss: `loss(method, batch, logps, ref_logps, **others) -> (Mean, metrics)`, as in `pjpo.methods`.
@@ -30,8 +30,9 @@ def per_source(loss: Callable, sources: Sequence[str]) -> Callable:
         assert batch.sources is not None, "mixed data says of each prompt where it came from"
         arguments = jax.lax.stop_gradient((logps, ref_logps, others))
         for number, name in enumerate(sources):
-            loss_mask = batch.loss_mask & (batch.sources == number)[:, None, None]
-            own = dataclasses.replace(batch, loss_mask=loss_mask)
+            here = (batch.sources == number)[:, None, None]
+            masks = {"loss_mask": batch.loss_mask & here, "completion_mask": batch.completion_mask & here}
+            own = dataclasses.replace(batch, **masks)
             own_mean, own_metrics = loss(method, own, arguments[0], arguments[1], **arguments[2])
             own_metrics = {"loss": own_mean, **own_metrics}
             metrics = metrics | {f"source/{name}/{metric}": value for metric, value in own_metrics.items()}

@@ -8,6 +8,7 @@ A method's config says what its loss asks for beyond `logps`. `outputs` names th
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -97,6 +98,8 @@ def make_update(
 ) -> Callable[[State, dict | None, Batch], tuple[State, dict[str, Mean]]]:
     """The jitted `update(state, ref_params, batch) -> (state, metrics)`; it donates `state`, never `ref_params`.
 
+    A batch in which nothing counts moves neither parameters nor the optimizer's moments; the step is counted.
+
     Args:
         loss: `loss(method, batch, logps, ref_logps) -> (Mean, metrics)`, as in `pjpo.methods`.
         method: its `Config`, static.
@@ -159,8 +162,12 @@ def make_update(
             grads, (mean, metrics) = _add_up(gradient, _split(batch, num_microbatches))
         grads = jax.tree.map(lambda g, p: (g / jnp.maximum(mean.count, 1)).astype(p.dtype), grads, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        params = joined(optax.apply_updates(trainable, updates), frozen)
-        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.tree.norm(grads))}
+        # Of nothing there is nothing to learn, yet momentum and weight decay would go on.
+        counted = (mean.count > 0) & jnp.any(batch.loss_mask)  # a constant to divide by counts what is masked too
+        new = optax.apply_updates(trainable, updates), opt_state
+        moved, opt_state = _new_where(counted, new, (trainable, state.opt_state))
+        params = joined(moved, frozen)
+        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.tree.norm(grads), counted)}
         if schedule is not None:
             metrics["learning_rate"] = Mean.of(jnp.asarray(schedule(state.step), jnp.float32))
         return sharding.constrain(State(params, opt_state, state.step + 1, state.key), mesh), metrics
@@ -184,11 +191,27 @@ def make_update(
     return checked
 
 
+def _new_where(condition: Array, new: Any, old: Any) -> Any:
+    """The new tree or the old one, but for the place in the learning rate's schedule, which is that of the step."""
+
+    def is_place(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_place(new) else jnp.where(condition, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_place)
+
+
 def _add_up(function: Callable, parts: Any) -> Any:
-    """The sum of `function` over parts on axis 0, in float32 or wider."""
+    """The sum of `function` over parts on axis 0, in float32 or wider; metrics add up as they say."""
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(operator.add, total, function(part), is_leaf=lambda x: isinstance(x, Mean)), None
+
     first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
-    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)[0]
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def _merge(parts: Any) -> Any:

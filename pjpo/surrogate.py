@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from pjpo.logps import mean_completion, sum_completion, widened
-from pjpo.metrics import Mean
+from pjpo.metrics import Largest, Mean, Smallest
 
 Importance = Literal["token", "sequence", "sequence_token", "cispo"]
 Aggregation = Literal["token", "sequence", "sequence_sum", "constant"]
@@ -93,16 +93,18 @@ def aggregate(
     mask: Bool[Array, "B N T"],
     how: Aggregation,
     max_completion_tokens: int | None = None,
+    exists: Bool[Array, "B N"] | None = None,
 ) -> Mean:
     """The loss of a batch as a sum and what to divide it by, which add up over any cut of the batch.
 
     Args:
         losses: of each token.
-        mask: what counts; a completion with nothing is not counted.
+        mask: what counts; a completion with nothing is not counted, but by "constant".
         how: "token" (DAPO): the mean over all tokens. "sequence" (GRPO): the mean over completions of the mean over
-            their tokens. "sequence_sum": of the sum over their tokens. "constant" (Dr. GRPO): the same over
-            `max_completion_tokens`.
+            their tokens. "sequence_sum": of the sum over their tokens. "constant" (Dr. GRPO): the sum over all tokens
+            by `max_completion_tokens` times the number of completions, those of which nothing counts included.
         max_completion_tokens: a constant, such as the longest completion that can be sampled.
+        exists: which completions are none of a batch's empty rows, for "constant"; all, if left out.
     """
     if how == "token":
         return Mean.of(losses, mask)
@@ -113,7 +115,8 @@ def aggregate(
     if how == "sequence_sum":
         return total
     assert max_completion_tokens, "the config refuses 'constant' without it"
-    return Mean(total.sum, total.count * max_completion_tokens)
+    number = jnp.ones(sequences.shape, bool) if exists is None else exists
+    return Mean(total.sum, number.sum().astype(losses.dtype) * max_completion_tokens)
 
 
 def clip_metrics(
@@ -123,13 +126,26 @@ def clip_metrics(
     epsilon_low: float | int,
     epsilon_high: float | int,
     importance: Importance = "token",
+    dual_clip: float | int | None = None,
 ) -> dict[str, Mean]:
-    """TRL's shares of clipped ratios: of tokens, or of completions where a ratio is a completion's."""
+    """TRL's shares of clipped ratios: of tokens, or of completions where a ratio is a completion's.
+
+    And, under no name of TRL's, the largest ratio, and the share that `dual_clip` bounds where there is one.
+    """
     low, high = ratios < 1 - epsilon_low, ratios > 1 + epsilon_high
+    lost, won = low & (advantages < 0), high & (advantages > 0)
     if importance != "cispo":  # which clips a ratio whatever it multiplies
-        low, high = low & (advantages < 0), high & (advantages > 0)
+        low, high = lost, won
+    shares = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    if importance == "cispo":
+        shares["cispo_clip_ratio"] = won
+    if dual_clip is not None:
+        shares["clip_ratio/dual_mean"] = (ratios > dual_clip) & (advantages < 0)
     how = "sequence" if importance.startswith("sequence") else "token"
-    shares = {"low": low, "high": high, "region": low | high}
-    return {
-        f"clip_ratio/{name}_mean": aggregate(share.astype(ratios.dtype), mask, how) for name, share in shares.items()
+    found = {name: aggregate(share.astype(ratios.dtype), mask, how) for name, share in shares.items()}
+    of_completions = [mean_completion(share.astype(ratios.dtype), mask) for share in (low, high)]
+    return found | {
+        "clip_ratio/low_min": Smallest.of(of_completions[0], mask.any(-1)),
+        "clip_ratio/high_max": Largest.of(of_completions[1], mask.any(-1)),
+        "ratios/max": Largest.of(ratios, mask),
     }

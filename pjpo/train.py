@@ -137,7 +137,8 @@ def train(
             return
         logged, counts = zip(*distributed.fetch(pending), strict=True)
         num_tokens += int(sum(counts))
-        metrics = {name: float(mean.value()) for name, mean in _total(list(logged)).items()}
+        # What nothing was counted of has no mean, 0 as little as another.
+        metrics = {name: float(mean.value()) for name, mean in _total(list(logged)).items() if mean.count}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise diverged(f"{name} became {metrics[name]}")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies
 from hypothesis.extra import numpy as arrays
 
-from pjpo.metrics import Mean
+from pjpo.metrics import Largest, Mean, Smallest
 
 SIZE = 12
 WHOLE_NUMBERS = arrays.arrays(np.float32, SIZE, elements=strategies.integers(-1000, 1000))  # sums of them are exact
@@ -92,3 +92,19 @@ def test_bfloat16_does_not_lose_the_small_terms():
 def test_a_mask_of_another_shape_is_a_bug():
     with pytest.raises(AssertionError, match=r"mask \(3,\) does not fit values \(2, 3\)"):
         Mean.of(jnp.ones((2, 3)), jnp.ones(3, bool))
+
+
+@pytest.mark.parametrize(("kind", "extreme"), [(Largest, np.max), (Smallest, np.min)])
+def test_extremes_of_parts_add_up_to_that_of_the_whole(kind, extreme):
+    rng = np.random.default_rng(1)
+    for shift in (-5.0, 5.0):  # so that a 0 for what is not there would show
+        values, mask = (rng.normal(size=12) + shift).astype(np.float32), rng.random(12) < 0.6
+        mask[9:] = False  # a part of which nothing counts
+        parts = [kind.of(values[cut], mask[cut]) for cut in (slice(0, 1), slice(1, 9), slice(9, 12))]
+        for whole in (kind.of(values, mask), parts[0] + parts[1] + parts[2], parts[2] + parts[1] + parts[0]):
+            assert isinstance(whole, kind)
+            assert whole.value() == extreme(values[mask])
+            assert whole.count == 1
+    assert kind.of(values).value() == extreme(values)
+    nothing = kind.of(np.zeros((0, 3), np.float32))
+    assert nothing.sum == nothing.count == nothing.value() == 0

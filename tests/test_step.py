@@ -201,6 +201,28 @@ def test_equal_policy_and_reference_lose_log_2_at_step_0():
     assert metrics["rewards/accuracies"].value() == 0
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_a_batch_in_which_nothing_counts_moves_nothing_but_the_step(num_microbatches):
+    mesh = one_device()
+    _, state, ref_params, update = setup(mesh, num_layers=1, num_microbatches=num_microbatches)
+    empty = dataclasses.replace(make_batch(0), loss_mask=np.zeros_like(make_batch(0).loss_mask))
+    for batch in (make_batch(0), make_batch(1)):  # so that there is momentum, and weights that could decay
+        state, _ = update(state, ref_params, batch)
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = update(state, ref_params, empty)
+    assert state.step == 3
+    assert metrics["loss"].count == metrics["grad_norm"].count == 0
+    after = jax.device_get((state.params, state.opt_state))
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    (place,) = [value for path, value in counts if path[-1].tuple_name == "ScaleByScheduleState"]
+    assert place == 3  # the learning rate is that of the step
+    changed = [np.any(one != other) for one, other in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
+    assert sum(changed) == 1  # which that is
+    state, metrics = update(state, ref_params, make_batch(2))
+    np.testing.assert_allclose(metrics["learning_rate"].value(), SCHEDULE(3), rtol=1e-6)
+    assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (state.params, before[0])), strict=True))
+
+
 def test_the_state_is_donated_and_nothing_else():
     mesh = one_device()
     policy = tiny.make_policy(**tiny.DIVISIBLE, num_layers=1)

@@ -136,20 +136,45 @@ def test_shares_of_what_is_clipped():
     ratios = jnp.array([[[0.5, 0.5, 1.5, 1.5]], [[1.0, 1.5, 9.0, 9.0]]])
     advantages = jnp.array([[[-1.0, 1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]]])
     mask = jnp.array([[[True] * 4], [[True, True, False, False]]])
-    shares = {
-        importance: [float(mean.value()) for mean in found.values()]
+    found = {
+        importance: surrogate.clip_metrics(ratios, advantages, mask, 0.2, 0.28, importance)
         for importance in ("token", "sequence", "cispo")
-        for found in [surrogate.clip_metrics(ratios, advantages, mask, 0.2, 0.28, importance)]
     }
-    np.testing.assert_allclose(shares["token"], [1 / 6, 2 / 6, 3 / 6])
-    np.testing.assert_allclose(shares["sequence"], [1 / 8, (1 / 4 + 1 / 2) / 2, 1 / 2])
-    np.testing.assert_allclose(shares["cispo"], [2 / 6, 3 / 6, 5 / 6])
-    names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
-    assert list(surrogate.clip_metrics(ratios, advantages, mask, 0.2, 0.28)) == names
+    found = {importance: {name: float(mean.value()) for name, mean in of.items()} for importance, of in found.items()}
+    # Low in (1, 0) of (4, 2) tokens where the advantage is negative, high in (1, 1) where it is positive; else (2, 0)
+    # and (2, 1). The largest ratio that counts is 1.5.
+    expected = {"low_mean": 1 / 6, "high_mean": 2 / 6, "region_mean": 3 / 6, "low_min": 0, "high_max": 1 / 2}
+    of_completions = expected | {"low_mean": 1 / 8, "high_mean": (1 / 4 + 1 / 2) / 2, "region_mean": 1 / 2}
+    weights = expected | {"low_mean": 2 / 6, "high_mean": 3 / 6, "region_mean": 5 / 6}
+    for importance, shares in (("token", expected), ("sequence", of_completions), ("cispo", weights)):
+        named = {f"clip_ratio/{name}": share for name, share in shares.items()} | {"ratios/max": 1.5}
+        named |= {"cispo_clip_ratio": 2 / 6} if importance == "cispo" else {}  # TRL's: high, and worth it
+        assert found[importance] == pytest.approx(named), importance
+    all_low = surrogate.clip_metrics(ratios / 9, -jnp.abs(advantages), mask, 0.2, 0.28)
+    assert all_low["clip_ratio/low_min"].value() == 1
+
+
+def test_the_share_that_a_dual_clip_bounds():
+    ratios = jnp.array([[[2.0, 3.0, 3.5, 9.0]]])
+    for advantage, share in ((-1.0, 0.5), (1.0, 0.0)):
+        advantages = jnp.full(ratios.shape, advantage)
+        found = surrogate.clip_metrics(ratios, advantages, ratios > 0, 0.2, 0.2, dual_clip=3.0)
+        assert found["clip_ratio/dual_mean"].value() == share
+        losses = [surrogate.clipped(ratios, advantages, 0.2, 0.2, dual) for dual in (3.0, None)]
+        assert (losses[0] != losses[1]).mean() == share
+    assert "clip_ratio/dual_mean" not in surrogate.clip_metrics(ratios, advantages, ratios > 0, 0.2, 0.2)
 
 
 def test_a_ratio_at_its_bound_and_an_advantage_of_zero_are_not_clipped():
     ratios = jnp.array([[[0.75, 1.5, 0.25, 4.0, 0.25]]])
     advantages = jnp.array([[[-1.0, 1.0, 0.0, 0.0, 0.5]]])
     found = surrogate.clip_metrics(ratios, advantages, jnp.ones(ratios.shape, bool), 0.25, 0.5)
-    assert [float(mean.value()) for mean in found.values()] == [0, 0, 0]
+    assert {float(mean.value()) for name, mean in found.items() if name != "ratios/max"} == {0}
+
+
+def test_a_constant_counts_completions_that_are_masked_but_no_empty_rows():
+    losses, mask = jnp.ones((2, 2, 3)), jnp.zeros((2, 2, 3), bool).at[0, 0, :2].set(True).at[0, 1, 0].set(True)
+    exists = jnp.array([[True, True], [True, False]])  # one is cut off and masked, and a row fills the batch up
+    found = {how: surrogate.aggregate(losses, mask, how, 10, exists).value() for how in surrogate.AGGREGATIONS}
+    assert found == pytest.approx({"token": 1, "sequence": 1, "sequence_sum": 3 / 2, "constant": 3 / (3 * 10)})
+    assert surrogate.aggregate(losses, mask, "constant", 10).value() == pytest.approx(3 / (4 * 10))

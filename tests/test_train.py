@@ -147,6 +147,17 @@ def test_a_period_of_zero_is_never(run):
     assert run.steps == [10]
 
 
+def test_what_nothing_was_counted_of_is_not_logged(run):
+    def counting(state, ref_params, batch):
+        state, metrics = update(state, ref_params, batch)
+        seen = state["step"] == 2
+        return state, metrics | {"seen": Mean.of(jnp.float32(5.0), seen), "unseen": Mean.of(jnp.zeros(0))}
+
+    run.train(update=counting, evaluate=None, num_steps=4, log_every_steps=2, checkpoint_every_steps=0)
+    assert [row.get("seen") for row in run.lines] == [5.0, None]
+    assert not any("unseen" in row for row in run.lines)
+
+
 def test_logs_means_over_the_period_and_counts_tokens(run):
     rows = []
 

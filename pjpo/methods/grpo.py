@@ -148,7 +148,7 @@ def loss(
         losses = surrogate.cispo(logps, ratios, advantages, *clip)
     else:
         losses = surrogate.clipped(ratios, advantages, *clip, config.dual_clip)
-    metrics = surrogate.clip_metrics(ratios, advantages, mask, *clip, config.importance)
+    metrics = surrogate.clip_metrics(ratios, advantages, mask, *clip, config.importance, config.dual_clip)
     if ref_logps is not None:
         ref_logps = jnp.where(mask, jax.lax.stop_gradient(widened(ref_logps)), 0)
         metrics["kl"] = Mean.of(k3(logps, ref_logps), mask)
@@ -156,4 +156,5 @@ def loss(
         if ref_logps is None:
             raise ValueError(f"grpo: beta {config.beta} pulls towards a reference, but there is none; set it to 0")
         losses += config.beta * ESTIMATORS[config.kl](logps, ref_logps)
-    return surrogate.aggregate(losses, mask, config.aggregation, config.max_completion_tokens), metrics
+    exists = jnp.asarray(batch.completion_mask).any(-1)
+    return surrogate.aggregate(losses, mask, config.aggregation, config.max_completion_tokens, exists), metrics

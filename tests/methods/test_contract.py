@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import re
 
 import jax
@@ -79,7 +80,7 @@ def joined(outcomes):
     """The outcome of a batch from those of its parts."""
     means, gradients = zip(*outcomes, strict=True)
     total = jax.tree.map(
-        lambda *parts: functools.reduce(Mean.__add__, parts), *means, is_leaf=lambda x: isinstance(x, Mean)
+        lambda *parts: functools.reduce(operator.add, parts), *means, is_leaf=lambda x: isinstance(x, Mean)
     )
     return total, jax.tree.map(lambda *parts: np.concatenate(parts), *gradients)
 

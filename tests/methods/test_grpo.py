@@ -172,6 +172,18 @@ def test_a_reward_that_failed_is_left_out():
         np.testing.assert_array_equal(found[1, 2], 0)
 
 
+def test_dr_grpo_divides_by_all_completions_also_those_that_are_masked():
+    with online.x64("float64"):
+        batch = dataclasses.replace(rollout(4), advantages=rollout(4).rewards)
+        loss_mask = batch.loss_mask.copy()
+        loss_mask[0, 1] = False  # cut off, and masked for it
+        batch = dataclasses.replace(batch, loss_mask=loss_mask)
+        mean, metrics = grpo.loss(grpo.DR_GRPO, batch, jnp.asarray(batch.old_logps), None)
+        total = -(batch.advantages[..., None] * loss_mask).sum()  # where each ratio is 1
+        np.testing.assert_allclose(mean.value(), total / (12 * 3000), rtol=1e-12)
+        assert metrics["ratios/max"].value() == 1
+
+
 def test_what_is_missing_is_refused():
     batch = dataclasses.replace(rollout(), rewards=None)
     with pytest.raises(ValueError, match="grpo: the rollout has no rewards"):
