@@ -78,9 +78,10 @@ class Experiment:
     loop: train.Loop
     batch_size: int  # prompts in an update, over all devices
     reference: step.Reference  # none, online (a second set of weights), stored (on disk), adapter (weights less LoRA)
+    reference_source: str | None = None  # of the weights that are the reference, as in Model; None: the run's start
     rollouts: online.Config | None = None  # for online methods: what is sampled for the prompts that `data` gives
     critic: Model | None = None  # what estimates values for methods that ask; None: the model, by its own scalar head
-    dpo_model: Model | None = None  # for RTO: the policy whose log-ratios are rewards; None: the one the run starts as
+    dpo_model: Model | None = None  # for RTO: the policy whose log-ratios to the reference are rewards; None: the start
     evaluation: Any = None  # what is measured along training; a config with `build(context, data)`, see pjpo/evals
     keep_best_by: tuple[str, Literal["max", "min"]] | None = None  # a metric: keep the best checkpoint beside the last
     num_microbatches: int = 1  # parts that an update's batch is cut into, to save memory
@@ -256,7 +257,9 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     data_key, adapter_key, state_key = jax.random.split(jax.random.key(experiment.seed), 3)
     policy, params, tokenizer = run_models.load(experiment, mesh, adapter_key)
     stored = (resumed.parent.parent if resumed else root) / "reference_logps"  # for all runs: content is its address
-    reference_model = run_models.Reference(experiment.reference, policy, params, stored)
+    ref_params = run_models.reference_params(experiment, policy, params, tokenizer, mesh)
+    is_start = experiment.reference_source is None
+    reference_model = run_models.Reference(experiment.reference, policy, ref_params, stored, is_start=is_start)
     dpo_logps = run_models.dpo_logps(experiment, policy, params, tokenizer, mesh)
     context = Context(
         policy=policy,
@@ -388,7 +391,7 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
             optimizer,
             parts.state_key,
             mesh,
-            keep_params=reference_model.is_kept or parts.dpo_logps is not None,
+            keep_params=(reference_model.is_kept and reference_model.is_start) or parts.dpo_logps is not None,
         ),
         ref_params=reference_model.params if kind == "online" else None,
         batches=batches,

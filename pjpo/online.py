@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -31,6 +31,9 @@ from pjpo.rollout_log import Scored, numbers, rows
 from pjpo.sampling import Sampling
 from pjpo.types import Batch
 
+# Completions without an end keep their reward, do not count in the loss, lose a penalty, or get a fixed reward instead.
+Truncated = Literal["keep", "mask", "penalise", "replace"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -42,35 +45,38 @@ class Config:
     num_completions: int = 8  # of each prompt: a group
     max_completion_tokens: int = 256
     temperature: float = 1.0  # of sampling, and of every log-prob that training reads: the reference's too
+    # Log-probs stay those of the whole distribution with these two, and so do ratios, entropy and KL.
     top_k: int = 0  # sample among the k likeliest tokens; 0 for all
     top_p: float = 1.0  # sample among the likeliest tokens that together reach this probability
     stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own
-    truncated: Literal["keep", "mask", "penalise"] = "keep"  # what becomes of completions without an end
+    truncated: Truncated = "keep"  # what becomes of completions without an end
     truncation_penalty: float = 1.0  # taken off their reward, where they are penalised
+    truncated_reward: float = -10.0  # instead of their reward, where it is replaced
     pairs: bool = False  # for methods on pairs: train on each group's best against its worst; a tie gives none
     reference: Literal["run", "rollout"] = "run"  # the run's, or the policy that sampled: iterative DPO's
-    dynamic_sampling: bool = False  # leave out groups whose rewards are all equal, and sample new prompts instead
+    dynamic_sampling: bool = False  # leave out groups that teach nothing, and sample new prompts instead
     max_refills: int = 2  # how often; a rollout that still lacks groups is trained on as it is
     sampling_batch_size: int | None = None  # prompts decoded together; None for all of a rollout
     halvings: int = 2  # how often decoding may go on in half the rows, as completions end; see `pjpo.sampling`
     log_kl: bool = False  # score completions under the reference for the metric alone, where the method has no pull
     log_every_rollouts: int = 10  # how often completions are written to samples.jsonl
-    num_logged_prompts: int = 2  # whose completions these are
+    num_logged_prompts: int | None = 2  # whose completions these are; None for all of a rollout
 
     def __post_init__(self):
         checks.at_least(self, 1, "prompts_per_rollout", "num_epochs", "num_completions", "max_completion_tokens")
         checks.at_least(
             self, 1, "log_every_rollouts", *["sampling_batch_size"] * (self.sampling_batch_size is not None)
         )
-        checks.at_least(self, 0, "max_refills", "num_logged_prompts")
-        checks.one_of(self, "truncated", ("keep", "mask", "penalise"))
+        checks.at_least(self, 0, "max_refills", *["num_logged_prompts"] * (self.num_logged_prompts is not None))
+        checks.one_of(self, "truncated", get_args(Truncated))
         checks.one_of(self, "reference", ("run", "rollout"))
         checks.not_negative(self, "truncation_penalty")
+        checks.finite(self, "truncated_reward")
         checks.positive(self, "temperature")
         if self.pairs and (self.num_completions < 2 or self.truncated == "mask"):
             raise ValueError(
                 "online: pairs need num_completions of 2 or more, both of which count, got "
-                f"{self.num_completions} and truncated {self.truncated!r}; keep or penalise what is truncated"
+                f"{self.num_completions} and truncated {self.truncated!r}; keep, penalise or replace what is truncated"
             )
         self.sampling(())  # which refuses the rest
 
@@ -146,7 +152,7 @@ def check(experiment: Any) -> None:
     )
     asked = {"truncated": np.zeros(shape[:2], bool), "dpo_logps": floats}
     # What a method refuses, such as a group too small for its baseline, it refuses here.
-    jax.eval_shape(method.advantages, batch, **_of_these(method, asked))
+    jax.eval_shape(method.advantages, batch, **_of_these(method.advantages, asked))
 
 
 def judge(rewards: Rewards, batch: Batch, examples: Sequence[Example], tokenizer: Any) -> Scores:
@@ -218,6 +224,7 @@ class Rollouts:
         self._numbers: dict[str, Mean] = {}
         self._beta = getattr(method, "beta", None)  # which some methods adapt
         self._advantages = jax.jit(method.advantages) if not config.pairs else None
+        self._about = jax.jit(method.rollout_metrics) if hasattr(method, "rollout_metrics") else None
         self._digest = _digest(examples)
 
     def start(
@@ -239,6 +246,11 @@ class Rollouts:
         """
         self._reference, self._place, self._record, self._dpo_logps = reference, place, record, dpo_logps
         self._say = say
+        if self.config.top_k or self.config.top_p < 1:
+            say(
+                f"rollouts: top_k {self.config.top_k} and top_p {self.config.top_p} leave tokens out, and log-probs do "
+                "not know: ratios, entropy and KL are of the whole distribution, not of the one that is sampled from"
+            )
         return self
 
     def next(self, state: Any) -> Batch:
@@ -272,7 +284,7 @@ class Rollouts:
             state, metrics = jax.block_until_ready(update(state, ref_params, batch))
             seconds = time.perf_counter() - began
             times = {"time/update": _mean(seconds), "speed/update_tokens_per_second": _mean(self._num_tokens, seconds)}
-            return state, self._numbers | metrics | times  # what the loss says of the same is more recent
+            return state, self._numbers | metrics | times
 
         return timing
 
@@ -301,18 +313,15 @@ class Rollouts:
             scored = self._scored(asked, batch)
             clock("time/reward")
             everything.append(scored)
-            kept.append(scored.take(~scored.equal) if self.config.dynamic_sampling else scored)
+            kept.append(scored.take(scored.instructive) if self.config.dynamic_sampling else scored)
         scored = Scored.join(kept)
         if self.config.pairs:
             scored = scored.take(~scored.equal).best_and_worst()
         batch, dpo_logps = self._with_logps(self._cut(scored.batch), state)
         logps, sampled = np.asarray(batch.old_logps), np.asarray(scored.batch.old_logps)
         differences = logps - sampled[:, :, : logps.shape[2]]
-        whole = self._with_advantages(batch, scored.truncated, dpo_logps)
+        whole, of_method = self._with_advantages(batch, scored.truncated, dpo_logps)
         clock("time/score")
-        of_method = {}
-        if hasattr(self.method, "rollout_metrics"):
-            of_method = jax.device_get(self.method.rollout_metrics(batch, dpo_logps))
         self._numbers = numbers(Scored.join(everything), batch, differences) | of_method | clock.means
         generated = sum(int(part.batch.completion_mask.sum()) for part in everything)
         self._numbers["speed/generate_tokens_per_second"] = _mean(generated, clock.seconds["time/generate"])
@@ -323,20 +332,29 @@ class Rollouts:
         self._num_rollouts += 1
         return [_take(whole, part) for part in minibatches]
 
-    def _with_advantages(self, batch: Batch, truncated: np.ndarray, dpo_logps: np.ndarray | None) -> Batch:
+    def _with_advantages(
+        self, batch: Batch, truncated: np.ndarray, dpo_logps: np.ndarray | None
+    ) -> tuple[Batch, dict[str, Mean]]:
+        """The rollout, filled up, as its minibatches are cut from it; and what the method says of it."""
         num_rows = self.config.prompts_per_rollout
+        filled = _filled(batch, num_rows)
         if self._advantages is None:
-            return _filled(batch, num_rows)
+            return filled, {}
         offered = {"truncated": _filled(truncated, num_rows), "beta": self._beta}
         if getattr(self.method, "needs_dpo", False):
             offered["dpo_logps"] = _filled(dpo_logps, num_rows)
-        asked = _of_these(self.method, offered)
-        whole = jax.device_get(self._advantages(_filled(batch, num_rows), **asked))
-        if hasattr(self.method, "adapted") and batch.ref_logps is not None and len(truncated):
-            drift = np.asarray(batch.old_logps) - batch.ref_logps
-            kl = np.where(batch.loss_mask, drift, 0).sum(-1)  # of each completion
-            self._beta = float(self.method.adapted(self._beta, float(kl.mean()), kl.size))
-        return whole
+        whole = jax.device_get(self._advantages(filled, **_of_these(self.method.advantages, offered)))
+        found = {}
+        if self._about is not None:
+            found |= jax.device_get(self._about(filled, **_of_these(self.method.rollout_metrics, offered)))
+        if hasattr(self.method, "adapted"):
+            found["beta"] = _mean(self._beta)
+            counted = batch.loss_mask.any(-1)
+            if batch.ref_logps is not None and counted.any():
+                drift = np.where(batch.loss_mask, np.asarray(batch.old_logps) - batch.ref_logps, 0)
+                kl = drift.sum(-1)[counted].mean()  # nats a completion; what does not count is no sample of 0
+                self._beta = float(self.method.adapted(self._beta, float(kl), int(counted.sum())))
+        return whole, found
 
     def _minibatches(self) -> list[np.ndarray]:
         """Rows of each, of all epochs."""
@@ -355,6 +373,8 @@ class Rollouts:
         truncated = rollouts.truncated(batch, self.sampling.stop_tokens)
         if self.config.truncated == "penalise":
             totals = totals - self.config.truncation_penalty * truncated
+        if self.config.truncated == "replace":
+            totals = np.where(truncated, np.float32(self.config.truncated_reward), totals)
         failed = np.isnan(totals)
         unread = failed | truncated if self.config.truncated == "mask" else failed
         sources = None if examples[0].source is None else np.array([example.source for example in examples], np.int32)
@@ -424,9 +444,9 @@ def _mean(value: float | int, count: float | int = 1) -> Mean:
     return Mean(np.float64(value), np.float64(count))
 
 
-def _of_these(method: Any, offered: dict[str, Any]) -> dict[str, Any]:
-    """What `method.advantages` reads beside the batch."""
-    return {name: offered[name] for name in inspect.signature(method.advantages).parameters if name in offered}
+def _of_these(function: Callable, offered: dict[str, Any]) -> dict[str, Any]:
+    """What the function reads beside the batch."""
+    return {name: offered[name] for name in inspect.signature(function).parameters if name in offered}
 
 
 def _take(batch: Batch, rows: np.ndarray) -> Batch:

@@ -29,10 +29,15 @@ class Scored:
 
     @property
     def equal(self) -> np.ndarray:
-        """Groups [B] from which nothing is learned: their rewards are all the same, or missing."""
+        """Groups [B] whose rewards are all the same, or missing."""
         rewards = np.asarray(self.batch.rewards)
         known = np.isfinite(rewards)
         return ~(np.where(known, rewards, -np.inf).max(1) > np.where(known, rewards, np.inf).min(1))
+
+    @property
+    def instructive(self) -> np.ndarray:
+        """Groups [B] from which something is learned: their rewards differ, and a completion counts in the loss."""
+        return ~self.equal & np.asarray(self.batch.loss_mask).any((1, 2))
 
     def take(self, chosen: np.ndarray) -> Scored:
         """The groups where `chosen` [B] is true."""
@@ -77,7 +82,8 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     ended = ~scored.truncated
     found = {
         "reward": _mean(totals, np.isfinite(totals)),
-        "reward_std": _mean(_stds(totals)),
+        "reward_std": _std(totals),
+        "reward_group_std": _mean(_stds(totals)),
         "frac_reward_zero_std": _mean(scored.equal),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": _extreme(lengths, np.min),
@@ -88,9 +94,8 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
         "completions/max_terminated_length": _extreme(lengths[ended], np.max),
     }
     for name, values in scored.rewards.items():
-        here = np.isfinite(values)
-        found[f"rewards/{name}/mean"] = _mean(values, here)
-        found[f"rewards/{name}/std"] = _mean([values[here].std(ddof=1)] if here.sum() > 1 else [])
+        found[f"rewards/{name}/mean"] = _mean(values, np.isfinite(values))
+        found[f"rewards/{name}/std"] = _std(values)
     found["rewards/failures"] = _mean([len(scored.failures)])
     mask = np.asarray(batch.completion_mask)
     apart, ratios = np.abs(differences[mask]), np.exp(differences[mask])
@@ -104,12 +109,15 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     logps = np.asarray(batch.old_logps)
     found["entropy"] = _mean(-logps, mask)  # of samples from what it is the entropy of: an estimate without bias
     if batch.ref_logps is not None:
-        found["kl"] = _mean(logps - batch.ref_logps, mask)  # the same of the KL, nats per token
+        found["kl_k1"] = _mean(logps - batch.ref_logps, mask)  # the same of the KL, nats per token; "kl" is the loss's
     return found
 
 
-def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts: int) -> list[dict[str, Any]]:
-    """The completions of the first prompts, one row each, for samples.jsonl; advantages of tokens as their mean."""
+def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts: int | None) -> list[dict[str, Any]]:
+    """The completions of the first prompts (None: of all), one row each, for samples.jsonl.
+
+    Advantages of tokens are given as their mean.
+    """
     found = []
     for b, (example, group) in enumerate(
         zip(scored.examples[:num_prompts], rollouts.completions(scored.batch, tokenizer), strict=False)
@@ -122,8 +130,8 @@ def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts
                     "id": example.id,
                     "prompt": tokenizer.decode(example.prompt),
                     "completion": text,
-                    "reward": _rounded(np.asarray(scored.batch.rewards)[b, n]),
-                    "rewards": {name: _rounded(values[b, n]) for name, values in scored.rewards.items()},
+                    "reward": float(np.asarray(scored.batch.rewards)[b, n]),
+                    "rewards": {name: float(values[b, n]) for name, values in scored.rewards.items()},
                     "num_tokens": int(np.asarray(scored.batch.completion_mask)[b, n].sum()),
                     "truncated": bool(scored.truncated[b, n]),
                 }
@@ -131,18 +139,20 @@ def rows(scored: Scored, batch: Batch, tokenizer: Any, rollout: int, num_prompts
             if batch.advantages is not None:
                 advantages = np.asarray(batch.advantages)[b, n]
                 counted = np.asarray(batch.loss_mask)[b, n] if advantages.ndim else np.array(True)
-                found[-1]["advantage"] = _rounded(_mean(advantages, counted).value())
+                found[-1]["advantage"] = float(_mean(advantages, counted).value())
     return found
+
+
+def _std(values: np.ndarray) -> Mean:
+    """Of all that there are, with n - 1; of fewer than two there is none."""
+    values = values[np.isfinite(values)]
+    return _mean([values.std(ddof=1)] if len(values) > 1 else [])
 
 
 def _stds(rewards: np.ndarray) -> list[float]:
     """Of each group that has two rewards or more."""
     groups = (group[np.isfinite(group)] for group in rewards)
     return [float(group.std(ddof=1)) for group in groups if len(group) > 1]
-
-
-def _rounded(value: Any) -> float:
-    return round(float(value), 4)
 
 
 def _extreme(values: np.ndarray, which: Callable) -> Mean:

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import signal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from experiments import registry
 from pjpo import experiment, online, runs
 from pjpo.data.batches import order
 from pjpo.data.examples import Example
-from pjpo.methods import dpo, grpo
+from pjpo.methods import dpo, grpo, ppo
 from pjpo.metrics import Mean
 from pjpo.rewards.protocol import Rewards
 from pjpo.sampling import Prompts, Sampling, sequence_keys
@@ -175,6 +176,25 @@ def test_groups_of_equal_rewards_are_left_out_and_replaced():
     assert not kept.advantages.any()
 
 
+def test_groups_that_are_masked_whole_are_left_out_and_replaced():
+    def cut(batch):
+        last = np.take_along_axis(batch.completion_tokens, batch.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
+        return (last > 3) & batch.completion_mask.any(-1)
+
+    settings = {"of": lambda text, row: float(ord(text[-1])), "num_completions": 2, "max_completion_tokens": 2}
+    settings |= {"truncated": "mask"}
+    there = whole(make(**settings))
+    masked_whole = cut(there).all(1)
+    assert 0 < masked_whole.sum() < 4
+    assert (np.ptp(there.rewards, axis=1)[masked_whole] > 0).any()  # rewards that differ, and no token that counts
+    made = make(**settings, dynamic_sampling=True, max_refills=0)
+    found = whole(made)
+    kept = ~masked_whole & (np.ptp(there.rewards, axis=1) > 0)
+    assert found.loss_mask.any((1, 2)).sum() == found.completion_mask.any((1, 2)).sum() == kept.sum()
+    equal = np.ptp(there.rewards, axis=1) == 0
+    assert made._numbers["frac_reward_zero_std"].value() == equal.mean()  # TRL's, whatever is masked
+
+
 def test_a_completion_without_a_reward_does_not_count():
     def fails(text, row):
         return np.nan if len(text) == 6 else long_with_h(text, row)
@@ -191,9 +211,10 @@ def test_a_completion_without_a_reward_does_not_count():
     assert made._numbers["rewards/failures"].value() == failed.sum()
 
 
-def test_truncated_completions_are_kept_masked_or_penalised():
-    kept, masked, penalised = (
-        by_prompt(whole(make(truncated=what, truncation_penalty=3.0))) for what in ("keep", "mask", "penalise")
+def test_truncated_completions_are_kept_masked_penalised_or_get_a_fixed_reward():
+    settings = {"truncation_penalty": 3.0, "truncated_reward": -7.0}
+    kept, masked, penalised, replaced = (
+        by_prompt(whole(make(truncated=what, **settings))) for what in ("keep", "mask", "penalise", "replace")
     )
     last = np.take_along_axis(kept.completion_tokens, kept.completion_mask.sum(-1, keepdims=True) - 1, -1)[..., 0]
     truncated = last > 3
@@ -203,6 +224,9 @@ def test_truncated_completions_are_kept_masked_or_penalised():
     np.testing.assert_array_equal(masked.loss_mask, kept.completion_mask & ~truncated[..., None])
     np.testing.assert_array_equal(masked.advantages, kept.advantages)  # it is compared with, all the same
     np.testing.assert_allclose(penalised.rewards, kept.rewards - 3 * truncated)
+    np.testing.assert_array_equal(replaced.rewards, np.where(truncated, -7, kept.rewards))
+    np.testing.assert_array_equal(replaced.loss_mask, kept.loss_mask)
+    assert make().config.truncated_reward == -10  # as in the papers
 
 
 @pytest.mark.parametrize("reference_of", ["run", "rollout"])
@@ -230,7 +254,7 @@ def test_pairs_are_a_group_s_best_and_worst_and_a_tie_gives_none(reference_of):
         np.testing.assert_allclose(found.old_logps[row], groups.old_logps[b, pair], atol=1e-5)
         ref_logps = groups.ref_logps if reference_of == "run" else groups.old_logps
         np.testing.assert_allclose(found.ref_logps[row], ref_logps[b, pair], atol=1e-5)
-    assert "kl" not in made._numbers  # of the best and the worst it would be another
+    assert "kl_k1" not in made._numbers  # of the best and the worst it would be another
 
 
 def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
@@ -246,7 +270,8 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
     expected = {
         "loss": 2.0,
         "reward": batch.rewards.mean(),
-        "reward_std": np.mean([group.std(ddof=1) for group in batch.rewards]),
+        "reward_std": batch.rewards.std(ddof=1),
+        "reward_group_std": np.mean([group.std(ddof=1) for group in batch.rewards]),
         "rewards/made_up/mean": batch.rewards.mean(),
         "rewards/made_up/std": batch.rewards.std(ddof=1),
         "rewards/failures": 0.0,
@@ -259,7 +284,7 @@ def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
         "completions/min_terminated_length": lengths[ended].min(),
         "completions/max_terminated_length": lengths[ended].max(),
         "entropy": -batch.old_logps[mask].mean(),
-        "kl": gaps[mask].mean(),
+        "kl_k1": gaps[mask].mean(),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert 0 < found["sampling/sampling_logp_difference/mean"] <= found["sampling/sampling_logp_difference/max"] < 1e-4
@@ -290,10 +315,10 @@ def test_a_reference_that_nobody_reads_is_not_scored(monkeypatch):
         found[name] = whole(made), made._numbers, sum(scored)
         scored.clear()
     batch, metrics, times = found["unread"]
-    assert (batch.ref_logps, "kl" in metrics, times) == (None, False, 0)
+    assert (batch.ref_logps, "kl_k1" in metrics, times) == (None, False, 0)
     batch, metrics, times = found["logged"]
     mask = batch.completion_mask
-    assert metrics["kl"].value() == pytest.approx((batch.old_logps - batch.ref_logps)[mask].mean(), abs=1e-6)
+    assert metrics["kl_k1"].value() == pytest.approx((batch.old_logps - batch.ref_logps)[mask].mean(), abs=1e-6)
     assert times > 0
 
 
@@ -309,6 +334,49 @@ def test_completions_are_written_with_rewards_and_advantages():
         assert row["num_tokens"] == len(row["completion"])
         assert row["truncated"] == (row["completion"][-1] > "d")
         assert row["kind"] == "rollout"
+    made = make(of=lambda text, row: len(text) + 1 / 3, log_every_rollouts=1, num_logged_prompts=None)
+    found = whole(made)
+    ((_, every),) = made.rows
+    assert len(every) == 4 * 3
+    assert sorted(row["reward"] for row in every) == sorted(found.rewards.reshape(-1).tolist())  # and not rounded
+
+
+def test_the_pull_adapts_to_the_completions_that_count_and_goes_on_where_it_was_saved():
+    method = ppo.Config(beta=0.1, kl_target=0.5, kl_horizon=20)
+
+    def rolled_out(made, policy):
+        with mock.patch.object(
+            type(POLICY), "values", lambda self, params, batch: np.float32(0) * batch.completion_mask
+        ):
+            batch = whole(made, policy)
+        return batch, made._numbers["beta"].value()
+
+    made = make(method=method, truncated="mask", max_completion_tokens=4)
+    found, betas = zip(*(rolled_out(made, state(2 * number)) for number in range(2)), strict=True)
+    kls = []
+    for batch in found:
+        counted = batch.loss_mask.any(-1)
+        assert 0 < counted.sum() < counted.size
+        drift = np.where(batch.loss_mask, batch.old_logps - batch.ref_logps, 0).sum(-1)
+        kls.append((drift[counted].mean(), counted.sum()))
+    expected = [0.1]
+    for kl, number in kls:
+        expected.append(expected[-1] * (1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * number / 20))
+    np.testing.assert_allclose([*betas, made.get_state()["beta"]], expected, rtol=1e-5)
+    assert len(set(expected)) == 3
+    resumed = make(method=method, truncated="mask", max_completion_tokens=4)
+    resumed.set_state(json.loads(json.dumps(made.get_state())))
+    again, beta = rolled_out(resumed, state(4))
+    assert beta == made.get_state()["beta"]
+    following, _ = rolled_out(made, state(4))
+    jax.tree.map(np.testing.assert_array_equal, again, following)
+
+
+def test_filters_that_log_probs_do_not_know_are_told():
+    for settings, told in (({}, False), ({"top_k": 5}, True), ({"top_p": 0.9}, True)):
+        said = []
+        make(**settings).start(lambda state: None, lambda batch: batch, lambda *_: None, say=said.append)
+        assert [message.startswith("rollouts: top_k") for message in said] == [True] * told
 
 
 def test_at_a_temperature_everything_is_of_the_distribution_that_is_sampled_from():
@@ -359,7 +427,9 @@ def test_at_a_temperature_the_gradient_is_that_of_the_reward_that_samples_get():
     [
         ({"temperature": 0.0}, "online: temperature must be > 0 and finite, got 0.0"),
         ({"prompts_per_rollout": 0}, "online: prompts_per_rollout must be >= 1, got 0"),
-        ({"truncated": "cut"}, "online: truncated must be one of keep, mask, penalise, got 'cut'"),
+        ({"truncated": "cut"}, "online: truncated must be one of keep, mask, penalise, replace, got 'cut'"),
+        ({"truncated_reward": float("nan")}, "online: truncated_reward must be finite, got nan"),
+        ({"num_logged_prompts": -1}, "online: num_logged_prompts must be >= 0, got -1"),
         ({"pairs": True, "truncated": "mask"}, "pairs need .* got 3 and truncated 'mask'"),
         ({"top_p": 0.0}, r"sampling: top_p must be in \(0, 1\], got 0.0"),
         ({"stop": ("ab",)}, "stop 'ab' must be one token of the tokenizer, got 2; choose another text"),

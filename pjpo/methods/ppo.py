@@ -1,8 +1,9 @@
 """Proximal Policy Optimization (PPO) with a critic. Schulman et al. 2017, arXiv:1707.06347, Eq. 7, on language.
 
 As Ziegler et al. 2019, arXiv:1909.08593, have it: the pull to the reference is a reward of each token, and the value
-loss is clipped too. Defaults are those of Ivison et al. 2024, arXiv:2406.09279. Departures: advantages are whitened
-once, over the whole rollout; a log-ratio beyond 20 nats counts as 20.
+loss is clipped too. Defaults are those of Ivison et al. 2024, arXiv:2406.09279, but that a completion which was cut off
+keeps its score, where they give it -10: `missing_end_score`, or `truncated="replace"` of the rollouts. Departures:
+advantages are whitened once, over the whole rollout; a log-ratio beyond 20 nats counts as 20.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from pjpo import checks, surrogate
 from pjpo.advantages import at_last, gae, whiten
 from pjpo.kl import k1, k3
-from pjpo.logps import widened
+from pjpo.logps import sum_completion, widened
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
@@ -68,13 +69,19 @@ class Config:
         """
         return estimated(self, batch, token_rewards(self, batch, scores(self, batch, truncated), beta))
 
+    def rollout_metrics(
+        self, batch: Batch, *, beta: ArrayLike | None = None, truncated: ArrayLike | None = None
+    ) -> dict[str, Mean]:
+        """The mean over completions of the sum of their tokens' rewards; arguments as `advantages` has them."""
+        return {"returns/mean": mean_return(batch, token_rewards(self, batch, scores(self, batch, truncated), beta))}
+
     def adapted(self, beta: ArrayLike, kl: ArrayLike, num_completions: int) -> ArrayLike:
         """beta after a rollout of so many completions, a proportional controller. Ziegler et al. 2019, section 2.2.
 
         Args:
             beta: before it.
-            kl: the rollout's, nats a completion: the mean over completions of the sum of k1.
-            num_completions: in the rollout.
+            kl: the rollout's, nats a completion: the mean over completions that count of the sum of k1.
+            num_completions: of them.
         """
         if self.kl_target is None:
             return beta
@@ -115,6 +122,12 @@ def token_rewards(
     return rewards - jnp.where(mask, (config.beta if beta is None else beta) * logratios, 0)
 
 
+def mean_return(batch: Batch, rewards: Float[Array, "B N T"]) -> Mean:
+    """Over completions that count, of the sum of their tokens' rewards."""
+    mask = jnp.asarray(batch.loss_mask)
+    return Mean.of(sum_completion(rewards, mask), mask.any(-1))
+
+
 def estimated(config: Config, batch: Batch, rewards: Float[Array, "B N T"]) -> Batch:
     """The rollout with advantages and returns of these token rewards.
 
@@ -151,32 +164,40 @@ def loss(
     Raises:
         ValueError: no advantages or returns.
     """
-    if batch.advantages is None or batch.labels is None:
-        raise ValueError(
-            f"{_name(config)}: the batch has no advantages and returns; pass the whole rollout through "
-            "Config.advantages"
-        )
+    if batch.labels is None:
+        raise ValueError(f"{_name(config)}: the batch has no returns; pass the whole rollout through Config.advantages")
+    of_policy, metrics = policy_loss(config, batch, logps, ref_logps)
     mask = jnp.asarray(batch.loss_mask)
-    old_logps, old_values = (None, None) if config.old_logps == "recompute" else (batch.old_logps, batch.values)
-    advantages = surrogate.per_token(jnp.asarray(batch.advantages), mask)
-    ratios = surrogate.ratios(logps, old_logps, mask)
-
-    clip = config.epsilon_low, config.epsilon_high
-    policy_loss = surrogate.aggregate(surrogate.clipped(ratios, advantages, *clip), mask, config.aggregation)
-
     # Zeros where nothing counts, so that nothing there reaches the gradient, not even as 0 * inf.
     values, returns = jnp.where(mask, widened(values), 0), jnp.where(mask, batch.labels, 0)
+    old_values = None if config.old_logps == "recompute" else batch.values
     errors, moved = value_losses(values, old_values, returns, config.value_clip)
     value_loss = surrogate.aggregate(errors, mask, config.aggregation)
-    metrics = {
-        "loss/policy_avg": policy_loss,
-        "loss/value_avg": value_loss,
-        "val/clipfrac_avg": Mean.of(moved, mask),
-        **surrogate.clip_metrics(ratios, advantages, mask, *clip),
-    }
+    metrics |= {"loss/value_avg": value_loss, "val/clipfrac_avg": Mean.of(moved, mask)}
+    return Mean(of_policy.sum + config.value_weight * value_loss.sum, of_policy.count), metrics
+
+
+def policy_loss(
+    config: Config, batch: Batch, logps: Float[Array, "B N T"], ref_logps: Float[Array, "B N T"] | None
+) -> tuple[Mean, dict[str, Mean]]:
+    """The clipped policy gradient alone; arguments as `loss` has them.
+
+    Raises:
+        ValueError: no advantages.
+    """
+    if batch.advantages is None:
+        raise ValueError(
+            f"{_name(config)}: the batch has no advantages; pass the whole rollout through Config.advantages"
+        )
+    mask = jnp.asarray(batch.loss_mask)
+    advantages = surrogate.per_token(jnp.asarray(batch.advantages), mask)
+    ratios = surrogate.ratios(logps, None if config.old_logps == "recompute" else batch.old_logps, mask)
+    clip = config.epsilon_low, config.epsilon_high
+    found = surrogate.aggregate(surrogate.clipped(ratios, advantages, *clip), mask, config.aggregation)
+    metrics = {"loss/policy_avg": found, **surrogate.clip_metrics(ratios, advantages, mask, *clip)}
     if ref_logps is not None:
         metrics["kl"] = Mean.of(k3(jax.lax.stop_gradient(widened(logps)), widened(ref_logps)), mask)
-    return Mean(policy_loss.sum + config.value_weight * value_loss.sum, policy_loss.count), metrics
+    return found, metrics
 
 
 def value_losses(

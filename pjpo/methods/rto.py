@@ -1,7 +1,8 @@
 """Reinforced Token Optimization (RTO). Zhong et al. 2024, arXiv:2404.18922, Eq. 4.7: PPO with a DPO policy's rewards.
 
-The loss is PPO's; what differs is the reward of a token. Departures: advantages are whitened with n - 1. As the
-released code, not the paper, has it, a token's reward is clipped.
+The loss is PPO's; what differs is the reward of a token. Appendix E's version without a critic is `estimator`
+"reinforce_pp". Departures: advantages are whitened with n - 1. As the released code, not the paper, has it, a token's
+reward is clipped.
 """
 
 import dataclasses
@@ -13,13 +14,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from pjpo import checks
-from pjpo.advantages import at_last
+from pjpo.advantages import at_last, reinforce_pp
 from pjpo.methods import ppo
 from pjpo.metrics import Mean
 from pjpo.types import Batch
 
 VARIANTS = ("rto", "semi", "ddpo", "rs", "ppo")
-loss = ppo.loss
+ESTIMATORS = ("gae", "reinforce_pp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Config(ppo.Config):
     score_weight: float = 1.0  # of the completion's score, beta_3; >= 0
     score_clip: float | None = 10.0  # of the score before it is weighted; > 0, or None
     delimiters: tuple[int, ...] = ()  # token ids that end a sentence, for "semi"
+    # "gae" asks a critic, "reinforce_pp" nobody: the sum of a token's own and later rewards, whitened over the rollout.
+    estimator: Literal["gae", "reinforce_pp"] = "gae"
     beta: float = 0.01  # beta_2
     value_weight: float = 0.5
     aggregation: Literal["token", "sequence", "sequence_sum"] = "sequence"
@@ -37,12 +40,18 @@ class Config(ppo.Config):
     def __post_init__(self):
         super().__post_init__()
         checks.one_of(self, "variant", VARIANTS)
+        checks.one_of(self, "estimator", ESTIMATORS)
         checks.not_negative(self, "dpo_weight", "score_weight")
         for field in ("dpo_clip", "score_clip"):
             if getattr(self, field) is not None:
                 checks.positive(self, field)
         if self.variant == "semi" and not self.delimiters:
             raise ValueError("rto: variant 'semi' needs delimiters, the ids of tokens that end a sentence; got none")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the loss reads of the policy; see `pjpo.step`."""
+        return ("logps", "values") if self.estimator == "gae" else ("logps",)
 
     @property
     def needs_dpo(self) -> bool:
@@ -67,19 +76,49 @@ class Config(ppo.Config):
         Raises:
             ValueError: something is missing.
         """
-        scores = ppo.scores(self, batch, truncated)
-        return ppo.estimated(self, batch, token_rewards(self, batch, scores, dpo_logps, beta))
+        rewards = token_rewards(self, batch, ppo.scores(self, batch, truncated), dpo_logps, beta)
+        if self.estimator == "gae":
+            return ppo.estimated(self, batch, rewards)
+        found, _ = reinforce_pp(rewards, jnp.asarray(batch.loss_mask), gamma=self.gamma)
+        return dataclasses.replace(batch, advantages=found)
 
-    def rollout_metrics(self, batch: Batch, dpo_logps: ArrayLike | None) -> dict[str, Mean]:
-        """The DPO policy's log-ratio, nats a token, and the share of tokens where its weighted one is clipped."""
+    def rollout_metrics(
+        self,
+        batch: Batch,
+        *,
+        dpo_logps: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+        truncated: ArrayLike | None = None,
+    ) -> dict[str, Mean]:
+        """PPO's, and of the DPO policy's log-ratios the mean, nats a token, and the share that is clipped, weighted."""
+        rewards = token_rewards(self, batch, ppo.scores(self, batch, truncated), dpo_logps, beta)
+        found = {"returns/mean": ppo.mean_return(batch, rewards)}
         if not self.needs_dpo:
-            return {}
+            return found
         mask, logratios = jnp.asarray(batch.loss_mask), dpo_logratios(batch, dpo_logps)
         limit = jnp.inf if self.dpo_clip is None else self.dpo_clip
-        return {
+        return found | {
             "dpo_logratios/mean": Mean.of(logratios, mask),
             "dpo_logratios/clipped_ratio": Mean.of(jnp.abs(self.dpo_weight * logratios) > limit, mask),
         }
+
+
+def loss(
+    config: Config,
+    batch: Batch,
+    logps: Float[Array, "B N T"],
+    ref_logps: Float[Array, "B N T"] | None,
+    values: Float[Array, "B N T"] | None = None,
+) -> tuple[Mean, dict[str, Mean]]:
+    """PPO's, see `pjpo.methods.ppo.loss`; without a critic, whose `values` nobody reads then, its policy's part alone.
+
+    Raises:
+        ValueError: no advantages, or no returns although there is a critic.
+    """
+    if config.estimator == "reinforce_pp":
+        return ppo.policy_loss(config, batch, logps, ref_logps)
+    assert values is not None, "the config says that they are read"
+    return ppo.loss(config, batch, logps, ref_logps, values)
 
 
 def token_rewards(

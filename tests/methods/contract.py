@@ -55,7 +55,7 @@ class Method:
             raise AssertionError(f"pjpo/methods/{name}.py has no tests/methods/test_{name}.py") from error
         self.contract = getattr(tests, "CONTRACT", Contract())
         annotations = {name: p.annotation for name, p in inspect.signature(self.loss).parameters.items()}
-        self.arguments, self.outputs = list(annotations), getattr(self.Config, "outputs", ("logps",))
+        self.arguments, self.outputs = list(annotations), getattr(self.start, "outputs", ("logps",))
         self.reads_logps, self.has_reference = "logps" in self.outputs, annotations["ref_logps"] is not None
         axis = annotations[self.outputs[0]].dim_str.split()[1]
         self.has_fixed_rows = axis.isdigit()

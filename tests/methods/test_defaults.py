@@ -60,7 +60,7 @@ DEFAULTS = {
     # Zhong et al. 2024, table of appendix D: beta_1 to beta_3; value loss, clip and means of their released script.
     "rto": PPO
     | {"variant": "rto", "dpo_weight": 0.05, "dpo_clip": 0.05, "score_weight": 1.0, "score_clip": 10.0}
-    | {"delimiters": (), "beta": 0.01, "value_weight": 0.5, "aggregation": "sequence"},
+    | {"delimiters": (), "estimator": "gae", "beta": 0.01, "value_weight": 0.5, "aggregation": "sequence"},
     "sft": {},
     "simpo": {"beta": 2.0, "margin": 1.0},  # Meng et al. 2024: beta 2 to 2.5, gamma / beta of 0.5 for their Llama 3
     "slic": {"margin": 1.0, "nll_weight": 0.5},  # delta and lambda of Zhao et al. 2023

@@ -120,6 +120,18 @@ def test_advantages_by_hand():
         np.testing.assert_allclose(found.advantages, np.where(mask, white, 0), atol=1e-7)
 
 
+def test_the_return_is_the_sum_of_a_completions_token_rewards():
+    with online.x64("float64"):
+        batch, truncated = rollout(), np.zeros((4, 2), bool)
+        truncated[1, 1], loss_mask = True, batch.loss_mask.copy()
+        loss_mask[0, 0] = False
+        batch = dataclasses.replace(batch, loss_mask=loss_mask)
+        found = ppo.Config(missing_end_score=-10.0).rollout_metrics(batch, beta=0.3, truncated=truncated)
+        drift = np.where(loss_mask, batch.old_logps - batch.ref_logps, 0).sum(-1)
+        returns = np.where(truncated, -10.0, batch.rewards) - 0.3 * drift
+        np.testing.assert_allclose(found["returns/mean"].value(), returns.reshape(-1)[1:].mean(), rtol=1e-12)
+
+
 def test_beta_may_be_what_it_has_adapted_to():
     batch = rollout()
     found, expected = ppo.Config().advantages(batch, beta=0.3), ppo.Config(beta=0.3).advantages(batch)
@@ -176,9 +188,9 @@ def test_what_is_missing_is_refused():
     with pytest.raises(ValueError, match="ppo: missing_end_score asks which completions were cut off"):
         ppo.Config(missing_end_score=-10.0).advantages(batch)
     scored = ppo.Config().advantages(batch)
-    for name in ("advantages", "labels"):
+    for name, what in (("advantages", "advantages"), ("labels", "returns")):
         one = dataclasses.replace(scored, **{name: None})
-        with pytest.raises(ValueError, match="ppo: the batch has no advantages and returns"):
+        with pytest.raises(ValueError, match=f"ppo: the batch has no {what}"):
             ppo.loss(ppo.Config(), one, jnp.asarray(batch.old_logps), None, jnp.asarray(batch.values))
     with pytest.raises(ValueError, match="ppo: beta must be > 0"):
         ppo.Config(kl_target=6.0, beta=0.0)

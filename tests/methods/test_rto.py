@@ -1,5 +1,6 @@
 """RTO's token rewards against published values, what their sums are, and whose log-probs they need."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -24,15 +25,17 @@ CONTRACT = Contract(
         rto.Config(variant="ddpo"),
         rto.Config(variant="rs", missing_end_score=-1.0),
         rto.Config(variant="ppo"),
+        rto.Config(estimator="reinforce_pp"),
     ),
     start=rto.Config(variant="semi", delimiters=tuple(range(25)), score_clip=0.5, kl_target=1.0),
     fields=test_ppo.CONTRACT.fields,
     arguments=test_ppo.CONTRACT.arguments,
     rollout=lambda rng, shape: test_ppo.CONTRACT.rollout(rng, shape) | near(rng, shape),
     also=test_ppo.adapted,
-    nudged=test_ppo.CONTRACT.nudged | {"variant": "rto", "delimiters": (1, 2), "aggregation": "token"},
+    nudged=test_ppo.CONTRACT.nudged
+    | {"variant": "rto", "delimiters": (1, 2), "aggregation": "token", "estimator": "reinforce_pp"},
     bad=test_ppo.CONTRACT.bad
-    | {"variant": ("dpo",), "dpo_clip": (0.0, float("nan")), "score_clip": (-1.0, float("inf"))},
+    | {"variant": ("dpo",), "estimator": ("td",), "dpo_clip": (0.0, float("nan")), "score_clip": (-1.0, float("inf"))},
 )
 
 
@@ -99,6 +102,34 @@ def test_clips_scores_and_without_a_dpo_policy_it_is_ppo():
     assert rto.Config().needs_dpo
 
 
+def test_without_a_critic_a_token_gets_the_whitened_sum_of_its_own_and_later_rewards():
+    with online.x64("float64"):
+        batch, rng = dataclasses.replace(test_ppo.rollout(3), values=None), np.random.default_rng(4)
+        dpo_logps = batch.ref_logps + rng.normal(size=batch.ref_logps.shape)
+        config = rto.Config(
+            estimator="reinforce_pp", dpo_weight=0.2, dpo_clip=0.3, beta=0.1, score_weight=2.0, gamma=0.9
+        )
+        assert config.outputs == ("logps",) != rto.Config().outputs
+        found = config.advantages(batch, dpo_logps=dpo_logps)
+        mask = batch.loss_mask
+        rewards = np.clip(0.2 * (dpo_logps - batch.ref_logps), -0.3, 0.3) - 0.1 * (batch.old_logps - batch.ref_logps)
+        sums = np.zeros(mask.shape)
+        for b, n in np.ndindex(mask.shape[:2]):
+            after = 2 * batch.rewards[b, n]  # the score, at the last token
+            for t in reversed(range(mask[b, n].sum())):
+                after = sums[b, n, t] = rewards[b, n, t] + after
+                after *= 0.9
+        white = (sums - sums[mask].mean()) / sums[mask].std(ddof=1)
+        np.testing.assert_allclose(found.advantages, np.where(mask, white, 0), atol=1e-7)
+        logps = jnp.asarray(batch.old_logps + 0.1 * rng.normal(size=mask.shape))
+        mean, metrics = rto.loss(config, found, logps, None)
+        ratios = np.exp(logps - batch.old_logps)
+        losses = np.maximum(-white * ratios, -white * np.clip(ratios, 0.8, 1.2))
+        of_completions = np.where(mask, losses, 0).sum(-1) / mask.sum(-1)
+        np.testing.assert_allclose(mean.value(), of_completions.mean(), rtol=1e-6)
+        assert "loss/value_avg" not in metrics
+
+
 def test_needs_the_reference_for_the_pull_or_for_the_dpo_policy():
     assert rto.Config(beta=0.0).needs_reference
     assert rto.Config(variant="ppo").needs_reference
@@ -107,17 +138,24 @@ def test_needs_the_reference_for_the_pull_or_for_the_dpo_policy():
 
 def test_the_log_says_how_the_dpo_policy_rewards_and_how_much_is_clipped():
     mask = [[[True, True, True, False], [True, True, False, False]]]
+    zeros = np.zeros((1, 2, 4))
     batch = Batch.of(
-        completion_tokens=np.zeros((1, 2, 4), np.int32), completion_mask=mask, ref_logps=np.zeros((1, 2, 4))
+        completion_tokens=np.zeros((1, 2, 4), np.int32),
+        completion_mask=mask,
+        rewards=np.array([[1.0, -20.0]]),
+        old_logps=zeros,
+        ref_logps=zeros,
     )
     logratios = np.array([[[0.4, -3.0, 2.0, 9.0], [3.0, 1.0, 9.0, 9.0]]])  # weighted 0.02, -0.15, 0.1; 0.15, 0.05
-    found = rto.Config().rollout_metrics(batch, logratios)
+    found = rto.Config().rollout_metrics(batch, dpo_logps=logratios)
+    # Clipped, the weighted ones are 0.02, -0.05, 0.05 and 0.05, 0.05, and the scores 1 and -10.
     assert {name: float(mean.value()) for name, mean in found.items()} == pytest.approx(
-        {"dpo_logratios/mean": 0.68, "dpo_logratios/clipped_ratio": 0.6}
+        {"dpo_logratios/mean": 0.68, "dpo_logratios/clipped_ratio": 0.6, "returns/mean": (1.02 - 9.9) / 2}
     )
-    free = rto.Config(dpo_clip=None).rollout_metrics(batch, logratios)
+    free = rto.Config(dpo_clip=None).rollout_metrics(batch, dpo_logps=logratios)
     assert free["dpo_logratios/clipped_ratio"].value() == 0
-    assert rto.Config(variant="ppo").rollout_metrics(batch, None) == {}
+    of_ppo = rto.Config(variant="ppo").rollout_metrics(batch)
+    assert {name: float(mean.value()) for name, mean in of_ppo.items()} == {"returns/mean": -4.5}
 
 
 def test_an_optimal_dpo_policys_rewards_sum_to_the_return_less_the_prompts_value():

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from experiments import registry
-from pjpo import experiment, optim, runs, sharding, step
+from pjpo import experiment, optim, run_models, runs, sharding, step
 from pjpo.experiment import Model
 from pjpo.methods import dpo, ppo, rto
 from pjpo.models import lora
@@ -105,28 +105,63 @@ def test_ppo_with_a_critic_runs_and_goes_on(model, tmp_path):
     said = []
     folder = experiment.run("tiny", changed(model), root=tmp_path, say=said.append)
     metrics = runs.read(folder).metrics
-    assert {"loss/value_avg", "val/clipfrac_avg", "kl", "reward"} <= metrics.keys()
+    assert {"loss/value_avg", "val/clipfrac_avg", "kl", "kl_k1", "reward", "returns/mean"} <= metrics.keys()
+    first, *_, last = metrics["beta"][1]
+    assert first == pytest.approx(0.05, rel=1e-6) != last  # it adapts
     assert np.isfinite(metrics["loss/value_avg"][1]).all()
     experiment.run("tiny", changed(model), root=tmp_path, resume=folder, say=said.append)
     assert "going on from step 4 of 4" in said
     assert metrics["time/generate"][1][0] > 0
 
 
-def test_rto_reads_the_dpo_policy(model, tmp_path):
-    """One that is the start itself, whose rewards of tokens are 0, and another one."""
-    other = tmp_path / "other"
-    other.mkdir()
-    tiny_llama.write_folder(other, tiny_llama.CONFIG | {"num_hidden_layers": 2})
-    rewards = {}
-    for name, dpo_model in (("start", None), ("other", Model(source=str(other)))):
-        value = changed(model, loss=rto.loss, method=rto.Config(), dpo_model=dpo_model)
-        metrics = runs.read(experiment.run(name, value, root=tmp_path, say=lambda _: None)).metrics
-        rewards[name] = metrics["loss/value_avg"][1][0]
-        assert (metrics["dpo_logratios/mean"][1][0] == 0) == (name == "start")
-    assert np.isfinite(list(rewards.values())).all()
-    assert rewards["start"] != rewards["other"]
-    with pytest.raises(ValueError, match=r"dpo_model is given, but .*ppo does not read it"):
-        experiment.run("tiny", changed(model, dpo_model=Model(source=str(other))), root=tmp_path)
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Other weights of the same architecture."""
+    config = tiny_llama.CONFIG | {"num_hidden_layers": 1}
+    return tiny_llama.write_folder(tmp_path_factory.mktemp("other"), config, tiny_llama.tensors(config, seed=1))
+
+
+def test_rto_s_dpo_policy_and_its_reference_may_each_be_another_model(model, other, tmp_path):
+    """The start as reference, and another model as the DPO policy; and the other way round, which starts at DPO's."""
+    of_rto = {"loss": rto.loss, "method": rto.Config(dpo_clip=None), "critic": Model(source=str(model))}
+    from_reference = {"dpo_model": Model(source=str(other))}
+    from_dpo = {"model.source": str(other), "reference_source": str(model)}
+    found = []
+    for changes in (from_reference, from_dpo):
+        value = changed(model, **of_rto | changes)
+        run = runs.read(experiment.run("tiny", value, root=tmp_path, say=lambda _: None))
+        found.append({name: values[0] for name, (_, values) in run.metrics.items()})
+        assert {"returns/mean", "loss/value_avg"} <= found[-1].keys()
+    # Samples of the reference are likelier under it, those of the DPO policy likelier under that one.
+    assert found[0]["dpo_logratios/mean"] < -0.1
+    assert found[0]["kl_k1"] == 0
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert found[1]["dpo_logratios/mean"] == pytest.approx(found[1]["kl_k1"], abs=1e-5)
+    assert found[1]["kl_k1"] > 0.1
+    assert found[1]["kl"] > 0.1
+
+
+def test_sources_that_do_not_fit_are_refused(model, other, tmp_path):
+    for name in ("larger", "reader"):
+        (tmp_path / name).mkdir()
+    larger = tiny_llama.write_folder(tmp_path / "larger")
+    reader = tiny_llama.write_folder(tmp_path / "reader", tiny_llama.CONFIG | {"num_hidden_layers": 1})
+    tiny_llama.write_tokenizer(reader, [*tiny_llama.vocabulary()[:-1], "ha"], [("h", "a")], num_special=2)
+    of_rto = {"loss": rto.loss, "method": rto.Config()}
+    for message, changes in (
+        (r"rto: dpo_model None, the run's start, is the reference too .* the SFT model as reference_source", of_rto),
+        ("rto: dpo_model is the reference too", of_rto | {"dpo_model": Model(source=str(model))}),
+        ("rto: dpo_model None", of_rto | {"reference_source": str(model)}),
+        (r"dpo_model is given, but .*ppo does not read it", {"dpo_model": Model(source=str(other))}),
+        ("given, but reference is 'adapter'", {"reference_source": str(other), "reference": "adapter"}),
+        ("given, but rollouts.reference is", {"reference_source": str(other), "rollouts.reference": "rollout"}),
+        ("reference_source: .*larger has weights of another shape", {"reference_source": str(larger)}),
+        ("reference_source: the tokenizer of .*reader differs", {"reference_source": str(reader)}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiment.run("tiny", changed(model, **changes), root=tmp_path / "runs", say=lambda _: None)
+    assert not (tmp_path / "runs").exists()
+    run_models.check(changed(model, **of_rto | {"method": rto.Config(variant="ppo")}))  # asks for no DPO policy
 
 
 def test_a_critic_that_reads_otherwise_is_refused(model, tmp_path):
