@@ -67,6 +67,10 @@ class RewardModel:
 
     def reward(self, prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> Float32[np.ndarray, "B N"]:
         """Rewards of texts, in this model's own tokens: N completions of each of B prompts."""
+        return self.scores(self.encoded(prompts, completions), self.tokenizer)
+
+    def encoded(self, prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> Batch:
+        """Texts in this model's own tokens, padded to one of few widths."""
         numbers = {len(row) for row in completions}
         if len(prompts) != len(completions) or len(numbers) != 1:
             raise ValueError(
@@ -77,10 +81,9 @@ class RewardModel:
         prompt_tokens, prompt_mask = _pad([self.tokenizer.encode(text) for text in prompts])
         ids = [[*self.tokenizer.encode(text), *end] for row in completions for text in row]
         tokens, mask = (rows.reshape(*np.shape(completions)[:2], -1) for rows in _pad(ids))
-        batch = Batch.of(
+        return Batch.of(
             prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, completion_tokens=tokens, completion_mask=mask
         )
-        return self.scores(batch, self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,15 +150,25 @@ class Config:
             ValueError: what `RewardModel.load` refuses.
         """
         model, normalisation = self.prepare()
-        places = np.arange(-(-len(completions) // self.batch_size) * self.batch_size).clip(max=len(completions) - 1)
-        parts = [
-            model.reward([prompts[i] for i in part], [[completions[i]] for i in part])
-            for part in places.reshape(-1, self.batch_size)  # the last one filled up with copies: one shape
-        ]
+        parts = [model.scores(batch, model.tokenizer) for batch in self._batches(completions, prompts)]
         scores = np.concatenate(parts)[: len(completions), 0].astype(np.float64)
         if normalisation:
             scores = (scores - normalisation.mean) / normalisation.std
         return np.clip(scores, -self.clip, self.clip).tolist()
+
+    def warm_up(self, completions: list[str], *, prompts: list[str], **columns) -> None:
+        """Compiles what a call with these texts needs."""
+        for batch in self._batches(completions, prompts):
+            shapes = batch.prompt_tokens.shape, batch.completion_tokens.shape
+            _compiled(self.source, self.normalise, self.param_dtype, *shapes)
+
+    def _batches(self, completions: list[str], prompts: list[str]) -> list[Batch]:
+        model, _ = self.prepare()
+        places = np.arange(-(-len(completions) // self.batch_size) * self.batch_size).clip(max=len(completions) - 1)
+        return [
+            model.encoded([prompts[i] for i in part], [[completions[i]] for i in part])
+            for part in places.reshape(-1, self.batch_size)  # the last one filled up with copies: one shape
+        ]
 
     def prepare(self) -> tuple[RewardModel, Normalisation | None]:
         """Loads the model, once."""
@@ -166,6 +179,14 @@ class Config:
 def _loaded(source: str, normalise: bool, param_dtype: str) -> tuple[RewardModel, Normalisation | None]:
     model = RewardModel.load(source, param_dtype=param_dtype)
     return model, Normalisation.load(source) if normalise else None
+
+
+@functools.cache
+def _compiled(source: str, normalise: bool, param_dtype: str, prompts: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Scores a batch of these shapes, once."""
+    model, _ = _loaded(source, normalise, param_dtype)
+    batch = Batch.of(prompt_tokens=np.zeros(prompts, np.int32), completion_tokens=np.zeros(shape, np.int32))
+    model.scores(batch, model.tokenizer)
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,8 @@
 is TRL's habit: one call for all completions of a rollout, everything by keyword. Each list has one entry a completion.
 A function gets what it names, or all there is if it has `**columns`: `prompts`, `completion_ids` (token ids, the end
 token included), and the columns of the data's rows. It may be called again with a part of the completions, to find out
-which one makes it fail. A frozen config with such a `__call__` is a reward with settings.
+which one makes it fail. A frozen config with such a `__call__` is a reward with settings. Its `prepare()`, if there is
+one, is called before a run, and its `warm_up`, of the same arguments, before each call: that compiles on no clock.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Rewards:
     weights: tuple[float, ...]  # one for each; 0 measures only
     names: tuple[str, ...] = ()  # under which they are logged; () takes their own
     on_error: OnError = "nan"  # leave out what fails, or raise
-    timeout_seconds: float = 60.0  # of a call for all completions; then as much again, to find those that it fails for
+    # Of a call for all completions, but for its `warm_up`; then as much again, to find those that it fails for.
+    timeout_seconds: float = 60.0
 
     def __post_init__(self):
         if not self.functions or len(self.weights) != len(self.functions):
@@ -230,6 +232,8 @@ class Rewards:
             seconds = min(self.timeout_seconds, (ends - time.monotonic()) * share)
             try:
                 own = {key: column[part.start : part.stop] for key, column in keywords.items()}
+                if hasattr(function, "warm_up"):
+                    call(function.warm_up, own)
                 found = limited(lambda own=own: call(function, own), max(seconds, 1e-3))  # 0 would be no limit
                 if len(found) != len(part):
                     raise ValueError(f"gave {len(found)} values for {len(part)} completions")
@@ -278,7 +282,7 @@ def find(name: str) -> Callable:
         raise ValueError(f"reward {name!r} has settings without a default: {error}; give it as a value") from error
 
 
-def call(function: Callable, keywords: Mapping[str, list]) -> Sequence[Any]:
+def call(function: Callable, keywords: Mapping[str, list]) -> Any:
     """The function of what it reads."""
     read, takes_all = _parameters(function)
     return function(**{name: values for name, values in keywords.items() if takes_all or name in read})

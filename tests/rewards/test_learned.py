@@ -7,6 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from pjpo import models as saved
+from pjpo.models import policy as policy_module
 from pjpo.rewards import learned
 from pjpo.rewards.learned import Normalisation, RewardModel
 from pjpo.rewards.protocol import Rewards
@@ -80,6 +81,17 @@ def test_scores_are_normalised_by_what_is_stored_and_then_clipped(model, folder)
     assert max(map(abs, clipped)) == clip < max(map(abs, found))
     plain = learned.Config(**settings, normalise=False)(completions=COMPLETIONS, prompts=PROMPTS)
     np.testing.assert_allclose(plain, raw, rtol=1e-4)
+
+
+def test_a_warm_up_compiles_what_the_call_needs(folder):
+    def num_compiled():
+        return policy_module._values._cache_size()
+
+    config, before = learned.Config(source=str(folder), normalise=False, batch_size=5), num_compiled()
+    config.warm_up(COMPLETIONS, prompts=PROMPTS)
+    after = num_compiled()
+    config(COMPLETIONS, prompts=PROMPTS)
+    assert num_compiled() == after == before + 1
 
 
 def test_a_model_that_cannot_be_had_ends_the_run_before_it_starts(folder):

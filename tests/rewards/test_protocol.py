@@ -243,6 +243,22 @@ def test_what_a_reward_prepares_is_prepared_before_the_run():
         of(Prepared()).check({})
 
 
+def test_what_a_reward_warms_up_is_on_no_clock():
+    class Compiling:
+        seen = ()
+
+        def __call__(self, completions):
+            assert self.seen == tuple(completions)
+            return [0] * len(completions)
+
+        def warm_up(self, completions):
+            time.sleep(0.6)
+            self.seen = tuple(completions)
+
+    scores = of(Compiling(), timeout_seconds=0.5).score(PROMPTS, COMPLETIONS)
+    assert scores.failures == []
+
+
 def test_rewards_by_name():
     rewards = of("vader", "tests.rewards.test_protocol:length", format.Config(tags=("a",)), length, names=tuple("vlft"))
     assert list(rewards.by_name) == list("vlft")
