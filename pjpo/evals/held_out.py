@@ -40,6 +40,10 @@ class Config:
         evaluation = Evaluation(self, context, data)
         if evaluation.kind and not self.num_sampled:
             context.say("held-out evaluation: no KL, no entropy; evaluation.num_sampled=16 samples to measure them")
+        if evaluation.kind == "labelled":
+            context.say(
+                "held-out evaluation: no rankings, no reward accuracy: these compare two completions of a prompt"
+            )
         return evaluation
 
 

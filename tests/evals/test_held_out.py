@@ -106,7 +106,8 @@ def test_every_method_on_pairs_has_the_whole_panel(module, method, num_completio
 
 def test_completions_with_labels_have_what_needs_no_pairs():
     rows = examples(1, labelled=True)
-    found, _ = evaluated(kto, kto.Config(), rows, "online")
+    found, said = evaluated(kto, kto.Config(), rows, "online")
+    assert said == ["held-out evaluation: no rankings, no reward accuracy: these compare two completions of a prompt"]
     changes = (sums(TRAINED, rows) - sums(START, rows))[:, 0]
     assert found.metrics["rewards/chosen"] == pytest.approx(0.1 * changes[::2].mean(), abs=1e-4)
     assert found.metrics["rewards/rejected"] == pytest.approx(0.1 * changes[1::2].mean(), abs=1e-4)
