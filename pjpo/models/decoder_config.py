@@ -70,8 +70,8 @@ class Config:
         for name, choice in choices.items():
             if getattr(self, name) not in (allowed := get_args(choice)):
                 raise ValueError(f"model: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        scales = "rope_theta_local", "query_scale", "attention_softcap", "logit_softcap", "temperature", "embed_scale"
-        for name in scales:
+        scales = "query_scale", "attention_softcap", "logit_softcap", "temperature", "embed_scale"
+        for name in ("rope_theta", "rope_theta_local", "norm_eps", *scales):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"model: {name} must be > 0, got {value}")

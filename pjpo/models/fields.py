@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+LARGEST = float(np.finfo(np.float32).max)  # what every number is computed with
 
 
 class Fields:
@@ -23,7 +26,7 @@ class Fields:
         return default if value is None else value
 
     def number(self, name: str, default: float | None = None) -> float:
-        return float(self._check(name, default, math.isfinite, "a number"))
+        return float(self._check(name, default, lambda value: abs(value) <= LARGEST, "a number within float32"))
 
     def optional(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name)

@@ -80,11 +80,11 @@ def test_plain_rope_in_either_spelling(tmp_path, rope):
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast = 32 is not supported"),
         ({"rope_scaling": "linear"}, "about RoPE must be objects, got 'linear'"),
         ({"rope_parameters": {"full_attention": None}}, "about RoPE must be objects, got None"),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number, got '2'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number within float32, got '2'"),
         ({"rope_scaling": {"type": ["linear"]}}, r"RoPE scaling of type \['linear'\] is not supported"),
         ({"num_attention_heads": "4"}, "num_attention_heads must be a whole number from 1 to 2147483647, got '4'"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers must be a whole number from 1 to 10000, got 1000000000000"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number, got nan"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number within float32, got nan"),
         (
             {"tie_word_embeddings": 1.5},
             "tie_word_embeddings = 1.5 is not supported by .*, only False or True",

@@ -270,6 +270,11 @@ def test_gguf_that_lies(tmp_path, fields, others):
         {"head_dim": "six"},
         {"num_attention_heads": 0},
         {"max_position_embeddings": [32]},
+        {"rope_theta": 1e308},
+        {"rope_theta": -1.0},
+        {"rms_norm_eps": 1e39},
+        {"rms_norm_eps": -1.0},
+        {"rms_norm_eps": 10**400},
     ],
 )
 def test_a_config_that_lies(folder, change):
