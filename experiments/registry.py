@@ -8,10 +8,12 @@ import dataclasses
 import difflib
 import dis
 import importlib
+import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -134,16 +136,31 @@ def told() -> Iterator[None]:
     """Errors whose message is enough end the program with that message."""
     try:
         yield
+    except train.StoppedAtOnce as stopped:
+        leave(str(stopped))
     except train.Stopped as stopped:
         raise SystemExit(str(stopped) if distributed.is_first() else 1) from None
     except distributed.Lost as lost:
         raise SystemExit(str(lost)) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        again = shlex.join(["python", *sys.orig_argv[1:]])
+        leave(f"stopped before there was anything to go on with, so nothing was kept. Start again with: {again}")
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         if not is_told(error):
             raise
         raise SystemExit(str(error)) from None
+
+
+def leave(message: str) -> NoReturn:
+    """End the program as an interrupted one.
+
+    JAX may still compute what was asked for, and an interpreter that is torn down meanwhile can crash: so it is not.
+    """
+    if distributed.is_first():
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def is_told(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from pjpo import (
     online,
     optim,
     packing,
+    progress,
     report,
     run_models,
     runs,
@@ -109,7 +110,14 @@ class Context:
     buckets: Buckets | None = None  # known once there is data
 
 
-def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume: Path | None = None, say=print) -> Path:
+def run(
+    name: str,
+    experiment: Experiment,
+    *,
+    root: Path | str = "runs",
+    resume: Path | None = None,
+    say: Callable = progress.say,
+) -> Path:
     """Run an experiment to its end, in a new folder under `root` or in that of the run to resume; returns the folder.
 
     Raises:
@@ -144,7 +152,7 @@ def run(name: str, experiment: Experiment, *, root: Path | str = "runs", resume:
         raise train.Stopped(f"{ended}\n{how_to_go_on(name, folder)}") from None
     except KeyboardInterrupt:
         about = "stopped at once; updates after the last checkpoint will be repeated"
-        raise train.Stopped(f"{about}\n{how_to_go_on(name, folder)}") from None
+        raise train.StoppedAtOnce(f"{about}\n{how_to_go_on(name, folder)}") from None
     except Exception as error:
         if not distributed.is_loss(error):
             if isinstance(error, ValueError) and not resume and distributed.is_first():

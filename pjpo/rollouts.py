@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 from jaxtyping import Bool
 
-from pjpo import distributed
+from pjpo import distributed, progress
 from pjpo.sampling import Prompts, Sampling, sequence_keys
 from pjpo.types import Batch
 
@@ -35,7 +34,7 @@ def rollouts(
         key: a `jax.random.key`.
         batch_size: prompts decoded together; the last group is filled up with copies that are thrown away.
         width: to pad prompts to, where calls with other prompts are to share a compilation; else that of the longest.
-        title: of the progress bar; without one there is none.
+        title: of the progress that is shown; without one none is.
 
     Returns:
         NumPy arrays for all prompts, `old_logps` included.
@@ -50,9 +49,7 @@ def rollouts(
     tokens, mask = pad(filled, width)
     keys = sequence_keys(key, len(filled), sampling.num_completions)
     parts = []
-    with tqdm.tqdm(
-        total=len(prompts), desc=title, unit="prompt", disable=distributed.quiet() if title else True
-    ) as bar:
+    with progress.bar(title, len(prompts), "prompt") as bar:
         for start in range(0, len(filled), batch_size):
             rows = slice(start, start + batch_size)
             completions = policy.generate(params, Prompts(tokens[rows], mask[rows]), keys[rows], sampling)

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from pjpo import distributed
+from pjpo import distributed, progress
 from pjpo.checkpoints import Checkpoints
 from pjpo.metrics import Mean
 from pjpo.runs import RunFolder
@@ -27,6 +26,10 @@ WATCHED = ("loss", "rewards/accuracies", "rewards/margins", "eval/reward_vader")
 
 class Stopped(Exception):
     """The run was interrupted; its state is saved, and the message says how to go on."""
+
+
+class StoppedAtOnce(Stopped):
+    """It was interrupted while it saved or computed; what it saved before is there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,14 +163,7 @@ def train(
 
     with (
         _Interruption("this update" if batches.period == 1 else "the updates of this rollout") as interruption,
-        tqdm.tqdm(
-            total=loop.num_steps,
-            initial=step,
-            desc="training",
-            unit="step",
-            disable=distributed.quiet(),
-            smoothing=0.1,
-        ) as bar,
+        progress.bar("training", loop.num_steps, "step", initial=step, smoothing=0.1) as bar,
     ):
         stop = distributed.Call()
         while step < loop.num_steps:

@@ -210,6 +210,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, model, cache):
     program.wait_for(30, process)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == f"training: {LAST} steps\n"
     assert "once more to stop at once" in process.stderr.readline() + process.stderr.readline()
     time.sleep(0.5)
     assert process.poll() is None
@@ -218,6 +219,24 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, model, cache):
     assert process.returncode == 1
     assert "Traceback" not in err
     assert f"Go on with: python -m experiments.tests.tiny_run --resume {program.folder}" in err
+
+
+class Glass(Program):
+    module = "experiments.dpo_glass"
+
+
+def test_ctrl_c_before_there_is_a_folder_says_that_nothing_was_kept(tmp_path, cache):
+    """While pairs are sampled: JAX computes then, and must not crash what ends around it."""
+    process = Glass(tmp_path / "runs", None, cache).start("--data.num-openings=1024")
+    assert process.stderr.readline() == "sampling pairs: 1056 prompts\n"  # no terminal, so a line and no bar
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("stopped before there was anything to go on with, so nothing was kept. Start again with: ")
+    (command,) = re.findall(r"python (.*)", err)
+    assert command.endswith(f"-m experiments.dpo_glass --runs {tmp_path}/runs --data.num-openings=1024")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_nan_stops_with_a_message(tmp_path, model, cache):

@@ -19,14 +19,13 @@ from typing import Any, ClassVar
 import jax
 import matplotlib
 import numpy as np
-import tqdm
 import tyro
 from matplotlib.figure import Figure
 
 from experiments import registry
 from experiments.claims.claim import FEWEST_SEEDS, Above, Numbers, Within, interval, seeds
 from experiments.study import bench
-from pjpo import optim, report, runs, train
+from pjpo import optim, progress, report, runs, train
 from pjpo.experiment import describe, how_to_go_on
 
 Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the checks that must all hold
@@ -83,7 +82,7 @@ def launch(value: Study, argv: list[str] | None = None) -> None:
         run(name, options.experiment, root=options.runs, resume=options.resume)
 
 
-def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | None = None, say=print) -> Path:
+def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | None = None, say=progress.say) -> Path:
     """All seeds, one after the other, then the verdicts; returns the folder.
 
     Raises:
@@ -101,20 +100,21 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
     say(f"run: {folder.path}")
     done = {row["step"]: row for row in runs.read(folder.path).samples}
     try:
-        with folder:
-            for seed in tqdm.trange(study.num_seeds, desc=name, unit="seed", disable=None):
+        with folder, progress.bar(name, study.num_seeds, "seed") as bar:
+            for seed in range(study.num_seeds):
                 if seed not in done:
                     began = time.perf_counter()
                     numbers = dict(study.measure(begin, seed))
                     done[seed] = {"kind": "seed", "numbers": numbers, "minutes": (time.perf_counter() - began) / 60}
                     folder.sample(seed, [done[seed]])
+                bar.update()
     except ValueError:
         if not resume:
             runs.discard(folder)
         raise
     except KeyboardInterrupt:
         about = "stopped at once; the seed under way will be repeated"
-        raise train.Stopped(f"{about}\n{how_to_go_on(name, folder)}") from None
+        raise train.StoppedAtOnce(f"{about}\n{how_to_go_on(name, folder)}") from None
     rows = [done[seed] for seed in range(study.num_seeds)]
     numbers = [row["numbers"] for row in rows]
     verdicts = judged(study, numbers)
