@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,18 @@ from jaxtyping import Array, Bool, Float, Int
 from pjpo.logps import soft_cap
 from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, transpose_kernels
+from pjpo.models.embedding import check_ids
 from pjpo.packing import prompt_keys
 from pjpo.products import few_rows
+from pjpo.types import Batch, as_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the next token. Filters apply after the temperature, in the order top_k, top_p, min_p."""
+    """How to choose the next token. Filters apply after the temperature, in the order top_k, top_p, min_p.
+
+    Numbers of NumPy and JAX become Python's; `stop_tokens` may be one id, a list or an array.
+    """
 
     max_completion_tokens: int
     num_completions: int = 1  # of each prompt
@@ -38,6 +43,8 @@ class Sampling:
     halvings: int = 0  # how often the batch may shrink by half, once as few grow; each is compiled by itself
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name), field.default))
         checks = {
             "max_completion_tokens": (self.max_completion_tokens >= 1, ">= 1"),
             "num_completions": (self.num_completions >= 1, ">= 1"),
@@ -72,15 +79,16 @@ def sequence_keys(key: Array, num_prompts: int, num_completions: int) -> Array:
     return jax.vmap(lambda row: jax.vmap(lambda n: jax.random.fold_in(row, n))(jnp.arange(num_completions)))(rows)
 
 
-def generate(policy, params: dict, prompts: Prompts | tuple, key: Array, sampling: Sampling) -> Completions:
+def generate(policy, params: dict, prompts: Any, key: Any, sampling: Sampling) -> Completions:
     """Completions of each prompt; see `pjpo.models.Policy.generate`."""
-    tokens, mask = prompts
+    tokens, mask = _tokens_and_mask(prompts)
     if tokens.shape != mask.shape or tokens.ndim != 2:
         raise ValueError(f"prompts must be tokens and mask of one shape [B, P], got {tokens.shape} and {mask.shape}")
     if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask).any(1).all():
         raise ValueError(
             f"prompt {int(np.argmin(np.asarray(mask).any(1)))} is empty; generation needs a token to start from"
         )
+    check_ids("prompt_tokens", tokens, mask, policy.config.vocab_size)
     length = tokens.shape[1] + sampling.max_completion_tokens
     if length > policy.config.max_positions:
         raise ValueError(
@@ -90,14 +98,48 @@ def generate(policy, params: dict, prompts: Prompts | tuple, key: Array, samplin
     beyond = [token for token in sampling.stop_tokens if token >= policy.config.vocab_size]
     if beyond:
         raise ValueError(f"sampling: stop_tokens {beyond} are outside the vocabulary of {policy.config.vocab_size}")
-    if jnp.issubdtype(key.dtype, jnp.integer):  # as jax.random.PRNGKey makes them
-        key = jax.random.wrap_key_data(key)
+    key = _as_key(key)
     keys = sequence_keys(key, len(tokens), sampling.num_completions) if key.ndim == 0 else key
     if keys.shape != (len(tokens), sampling.num_completions):
         raise ValueError(
             f"key must be one key or keys [B, N] = {(len(tokens), sampling.num_completions)}, got {keys.shape}"
         )
     return _generate(policy.config, sampling, params, Prompts(jnp.asarray(tokens), jnp.asarray(mask)), keys)
+
+
+def _plain(name: str, value: Any, default: Any) -> Any:
+    """A setting as what Python can hash: jit knows it by its value."""
+    array = np.asarray(value)
+    if name == "stop_tokens":
+        if array.ndim > 1 or (array.size and not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"sampling: stop_tokens must be token ids, got {value!r}")
+        return tuple(array.reshape(-1).tolist())
+    kind, allowed = (float, "a number") if isinstance(default, float) else (int, "a whole number")
+    is_number = array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.number)
+    if not is_number or (kind is int and not (np.isfinite(array) and array == np.floor(array))):
+        raise ValueError(f"sampling: {name} must be {allowed}, got {value!r}")
+    return kind(array)
+
+
+def _tokens_and_mask(prompts: Any) -> tuple[Any, Any]:
+    if isinstance(prompts, Batch):
+        prompts = prompts.prompt_tokens, prompts.prompt_mask
+    elif not isinstance(prompts, tuple):
+        prompts = prompts, None
+    if len(prompts) != 2:
+        raise ValueError(f"prompts must be tokens, or a pair of tokens and mask, got a tuple of {len(prompts)}")
+    tokens, mask = prompts
+    tokens = as_field("prompt_tokens", tokens)
+    return tokens, np.ones(tokens.shape, bool) if mask is None else as_field("prompt_mask", mask)
+
+
+def _as_key(key: Any) -> Array:
+    dtype = getattr(key, "dtype", np.dtype(type(key)) if isinstance(key, int) else np.dtype(object))
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"key must be a jax.random.key, keys [B, N], or a whole number as a seed, got {key!r}")
+    return jax.random.wrap_key_data(key) if np.ndim(key) else jax.random.key(key)  # as jax.random.PRNGKey makes them
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -7,6 +7,7 @@ D model width, V vocabulary, G groups of prompts that are packed together, M pac
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any
 
 import jax
@@ -59,14 +60,21 @@ class Batch:
     ) -> Batch:
         """A batch from what is at hand: an empty prompt, full masks and `loss_mask=completion_mask` where left out.
 
-        Nested lists become arrays.
+        Nested lists become arrays; tokens that are whole numbers become int32, masks of 0 and 1 booleans.
 
         Raises:
-            ValueError: arrays whose shapes do not fit each other, lists that are ragged, by name.
+            ValueError: an unknown field, arrays whose shapes do not fit each other, lists that are ragged, tokens that
+                are no whole numbers, masks that are neither 0 nor 1, by name.
         """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in others:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise ValueError(f"a batch has no field {name!r}{hint} Known: {', '.join(known)}")
         given = {"completion_tokens": completion_tokens, "completion_mask": completion_mask}
         given |= {"prompt_tokens": prompt_tokens, "prompt_mask": prompt_mask, **others}
-        given = {name: _as_array(name, value) for name, value in given.items() if value is not None}
+        given = {name: as_field(name, value) for name, value in given.items() if value is not None}
         tokens = np.shape(given["completion_tokens"])
         if len(tokens) != 3:
             raise ValueError(f"completion_tokens must be [B, N, T], got shape {tokens}")
@@ -87,14 +95,34 @@ class Batch:
         return cls(**given)
 
 
-def _as_array(name: str, value: Any) -> Any:
-    """Lists to an array of the field's dtype, masks of numbers to booleans; what else is an array as it is."""
-    is_mask = name.endswith("_mask")
-    if not isinstance(value, list | tuple):
-        return value.astype(bool) if is_mask and value.dtype != bool else value
-    dtype = np.int32 if name.endswith("_tokens") else bool if is_mask else None
-    try:
-        array = np.array(value, dtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} makes no array ({error}); pad lists to one length, and mask the padding") from None
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))  # float32, and float64 under x64
+def as_field(name: str, value: Any) -> Any:
+    """What a caller gives for a field of that name: lists as arrays, token ids as int32, masks as booleans.
+
+    Raises:
+        ValueError: it makes no array, or holds other numbers than these; inside jit they are not looked at.
+    """
+    is_list = isinstance(value, list | tuple)
+    if is_list:
+        try:
+            value = np.array(value)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} makes no array ({error}); pad lists to one length, and mask the padding"
+            ) from None
+        if value.dtype.kind not in "biuf":
+            raise ValueError(f"{name} makes no array of numbers, but of {value.dtype}")
+    if name.endswith("_tokens") and value.dtype != np.int32:
+        return _cast(name, value, np.int32, "token ids, whole numbers")
+    if name.endswith("_mask") and value.dtype != bool:
+        return _cast(name, value, bool, "0 or 1")
+    if is_list:
+        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype))  # float32, and float64 under x64
+    return value
+
+
+def _cast(name: str, value: Any, dtype: Any, allowed: str) -> Any:
+    with np.errstate(invalid="ignore"):  # nan is refused below
+        cast = value.astype(dtype)
+    if not isinstance(value, jax.core.Tracer) and np.any(wrong := np.asarray(value != cast)):
+        raise ValueError(f"{name} must be {allowed}, got {np.asarray(value)[wrong][0]}")
+    return cast

@@ -311,6 +311,7 @@ def test_half_the_rows_may_be_fewer_than_devices():
     np.testing.assert_allclose(shrunk.logps, whole.logps, rtol=0, atol=LOGPS_BOUND)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -322,11 +323,72 @@ def test_half_the_rows_may_be_fewer_than_devices():
         *[({"top_p": x}, rf"top_p must be in \(0, 1\], got {x}") for x in (0.0, -0.5, 1.5, np.nan)],
         *[({"min_p": x}, rf"min_p must be in \[0, 1\), got {x}") for x in (1.0, -0.5, np.nan)],
         ({"stop_tokens": (3, -1)}, r"stop_tokens must be token ids, >= 0, got \(3, -1\)"),
+        *[({"stop_tokens": x}, "stop_tokens must be token ids, got ") for x in (2.5, "</s>", [[3]], None)],
+        *[({"temperature": x}, "temperature must be a number, got ") for x in ("0.7", None, [0.7], True)],
+        *[({"top_k": x}, f"top_k must be a whole number, got {x}") for x in (2.5, np.nan, np.inf)],
     ],
 )
 def test_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=f"^sampling: {message}"):
         Sampling(**{"max_completion_tokens": 4} | settings)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_settings_of_numpy_and_jax_are_python_s():
+    plain = Sampling(max_completion_tokens=4, temperature=0.5, top_k=3, stop_tokens=(3, 5))
+    for stop_tokens in ([3, 5], np.array([3, 5]), jnp.array([3, 5])):
+        other = Sampling(
+            max_completion_tokens=np.int64(4),
+            temperature=jnp.bfloat16(0.5),
+            top_k=jnp.array(3),
+            stop_tokens=stop_tokens,
+        )
+        assert (other, hash(other)) == (plain, hash(plain))
+        assert {type(value) for value in dataclasses.astuple(other)} == {int, float, tuple}
+    assert Sampling(max_completion_tokens=4, stop_tokens=np.int32(7)).stop_tokens == (7,)
+    assert Sampling(max_completion_tokens=4, stop_tokens=[]).stop_tokens == ()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_prompts_and_keys_may_be_whatever_says_the_same():
+    policy, (tokens, mask) = tiny.make_policy(), make_prompts()
+    params, whole = tiny.make_params(policy), np.ones_like(mask)
+
+    def sample(prompts, key):
+        return np.asarray(policy.generate(params, prompts, key, SETTINGS).tokens)
+
+    expected = sample(Prompts(tokens, mask), jax.random.key(3))
+    completions = np.full((4, 1, 2), 7, np.int32)
+    batch = Batch.of(prompt_tokens=tokens, prompt_mask=mask, completion_tokens=completions)
+    for prompts in ((tokens.tolist(), mask.tolist()), (tokens.astype(float), mask.astype(np.float32)), batch):
+        np.testing.assert_array_equal(sample(prompts, jax.random.key(3)), expected)
+    for key in (3, np.int64(3), jnp.array(3), jax.random.PRNGKey(3)):
+        np.testing.assert_array_equal(sample((tokens, mask), key), expected)
+    expected = sample((tokens, whole), 0)
+    assert (expected != sample((tokens, mask), 0)).any()
+    for prompts in (tokens, tokens.tolist(), (tokens, None)):
+        np.testing.assert_array_equal(sample(prompts, 0), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("prompts", "key", "message"),
+    [
+        ([[1, 2], [3]], 0, "prompt_tokens makes no array .* pad lists to one length"),
+        (["a"], 0, "prompt_tokens makes no array of numbers"),
+        (([[1, 2]], [[1, 0.5]]), 0, r"prompt_mask must be 0 or 1, got 0\.5"),
+        ([[1, 2.5]], 0, r"prompt_tokens must be token ids, whole numbers, got 2\.5"),
+        ([[1, 37]], 0, r"prompt_tokens \[0, 1\] is 37, outside the vocabulary of 37"),
+        (([[1]], [[1]], [[1]]), 0, "tokens, or a pair of tokens and mask, got a tuple of 3"),
+        ([1, 2], 0, r"of one shape \[B, P\], got \(2,\)"),
+        ([[1, 2]], 0.5, "key must be a jax.random.key, .*, got 0.5"),
+        ([[1, 2]], None, "key must be a jax.random.key, .*, got None"),
+    ],
+)
+def test_prompts_and_keys_that_say_nothing_are_refused(prompts, key, message):
+    policy = tiny.make_policy()
+    with pytest.raises(ValueError, match=message):
+        policy.generate({}, prompts, key, SETTINGS)
 
 
 @pytest.mark.parametrize(

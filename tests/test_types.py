@@ -65,11 +65,29 @@ def test_nested_lists_become_arrays_of_the_field_s_dtype():
         ({"rewards": [1.0, 2.0]}, r"rewards has shape \(2,\), allowed: \(2, 2, 3\) or \(2, 2\)"),
         ({"sources": np.zeros((2, 2), int)}, r"sources has shape \(2, 2\), allowed: \(2,\)"),
         ({"old_logps": np.zeros((2, 2))}, r"old_logps has shape \(2, 2\), allowed: \(2, 2, 3\)"),
+        ({"completion_tokens": TOKENS + 0.5}, r"completion_tokens must be token ids, whole numbers, got 0\.5"),
+        ({"completion_tokens": [[[1, 2.5]]]}, r"completion_tokens must be token ids, whole numbers, got 2\.5"),
+        ({"prompt_tokens": np.full((2, 4), np.nan)}, "prompt_tokens must be token ids, whole numbers, got nan"),
+        ({"completion_tokens": [[[1, 2**40]]]}, f"completion_tokens must be token ids, whole numbers, got {2**40}"),
+        ({"completion_mask": jnp.ones(TOKENS.shape) / 2}, r"completion_mask must be 0 or 1, got 0\.5"),
+        ({"loss_mask": np.where(TOKENS > 3, 0, -np.inf)}, "loss_mask must be 0 or 1, got -inf"),
+        (
+            {"completions_mask": TOKENS > 3},
+            r"no field 'completions_mask'; did you mean 'completion_mask'\? Known: prom",
+        ),
+        ({"temperature": 1.0}, "a batch has no field 'temperature'. Known: prompt_tokens, prompt_mask, comp"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         Batch.of(**{"completion_tokens": TOKENS} | given)
+
+
+def test_token_ids_of_another_type_become_int32():
+    for tokens in (TOKENS.astype(float), jnp.asarray(TOKENS, jnp.float32), TOKENS.astype(np.int64), TOKENS.tolist()):
+        batch = Batch.of(completion_tokens=tokens)
+        assert batch.completion_tokens.dtype == np.int32
+        np.testing.assert_array_equal(batch.completion_tokens, TOKENS)
 
 
 def test_lists_keep_float64_where_jax_does():

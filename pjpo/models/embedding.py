@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pjpo import layout
@@ -42,3 +45,26 @@ def _places(table: Array, tokens: Array) -> tuple[Array, Array]:
     """Rows of this device's part of the table, and whether they are the tokens' own."""
     place = tokens - layout.offset(len(table))
     return place.clip(0, len(table) - 1), (place >= 0) & (place < len(table))
+
+
+def check_ids(name: str, tokens: Any, mask: Any, vocab_size: int) -> None:
+    """Tokens that are there must have a row. Not looked at inside jit, nor where other processes hold some of them.
+
+    Raises:
+        ValueError: the first that has none, with its place.
+    """
+    if any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in (tokens, mask)):
+        return
+    tokens = np.asarray(tokens)
+    beyond = np.asarray(mask) & ((tokens < 0) | (tokens >= vocab_size))
+    if beyond.any():
+        place = tuple(np.argwhere(beyond)[0].tolist())
+        raise ValueError(
+            f"{name} {list(place)} is {tokens[place]}, outside the vocabulary of {vocab_size}; mask what is padding, "
+            "and encode with the model's own tokenizer"
+        )
+
+
+def are_ids(tokens: Array, mask: Array, vocab_size: int) -> Array:
+    """The same inside jit: whether every token [.., T] that is there has a row."""
+    return (~jnp.asarray(mask) | ((tokens >= 0) & (tokens < vocab_size))).all(-1)

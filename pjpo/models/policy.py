@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pjpo import sampling as decoding  # the module, whose names come later: it 
 from pjpo.logps import token_logps
 from pjpo.models import attention, flash
 from pjpo.models.decoder import Config, Decoder, head_table
+from pjpo.models.embedding import are_ids, check_ids
 from pjpo.models.streams import Streams
 from pjpo.types import Batch
 
@@ -40,9 +42,12 @@ class Policy:
         Each prompt is computed once for its N completions, and the vocabulary is never materialised.
 
         Raises:
-            ValueError: no prompt tokens to predict from, or more positions than the model has.
+            ValueError: no prompt tokens to predict from, more positions than the model has, or a token outside the
+                vocabulary, which inside jit gives nan.
         """
-        self._check_width(batch)
+        self._check(batch)
+        if not batch.completion_tokens.size:
+            return jnp.zeros(batch.completion_tokens.shape)
         with layout.on(layout.of(params)):
             return _logps(self.config, params, batch)
 
@@ -50,11 +55,14 @@ class Policy:
         """The scalar head before each completion token is read, for critics; float32, 0 where there is no token.
 
         Raises:
-            ValueError: no scalar head, no prompt tokens, or more positions than the model has.
+            ValueError: no scalar head, or as `logps` does.
         """
-        self._check_width(batch)
+        self._check(batch)
+        params = self._with_scalar_head(params)
+        if not batch.completion_tokens.size:
+            return jnp.zeros(batch.completion_tokens.shape)
         with layout.on(layout.of(params)):
-            return _values(self.config, self._with_scalar_head(params), batch)
+            return _values(self.config, params, batch)
 
     def scores(self, params: dict, batch: Batch) -> Float[Array, "B N"]:
         """The scalar head after the last token of each completion, as a reward; float32, 0 for an empty completion.
@@ -62,7 +70,10 @@ class Policy:
         Raises:
             ValueError: as `values` does.
         """
-        self._check_width(batch)
+        self._check(batch)
+        params = self._with_scalar_head(params)
+        if not batch.completion_tokens.size:
+            return jnp.zeros(batch.completion_tokens.shape[:2])
         # One more place for each completion: the value before the token that would come next. Packing knows none.
         mask, rest = jnp.asarray(batch.completion_mask), [(0, 0), (0, 0)]
         longer = jnp.pad(mask, [*rest, (1, 0)], constant_values=True) & mask.any(-1, keepdims=True)
@@ -74,16 +85,19 @@ class Policy:
             completion_mask=longer,
         )
         with layout.on(layout.of(params)):
-            values = _values(self.config, self._with_scalar_head(params), extended)  # [B, N, T+1]
+            values = _values(self.config, params, extended)  # [B, N, T+1]
         return jnp.take_along_axis(values, mask.sum(-1, keepdims=True), axis=-1)[..., 0]
 
-    def _check_width(self, batch: Batch) -> None:
+    def _check(self, batch: Batch) -> None:
         width, length = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
         if width + length > self.config.max_positions:
             raise ValueError(
                 f"prompt width {width} + completion width {length} exceeds the model's {self.config.max_positions} "
                 "positions; shorten one of them"
             )
+        vocab_size = self.config.vocab_size
+        check_ids("prompt_tokens", batch.prompt_tokens, batch.prompt_mask, vocab_size)
+        check_ids("completion_tokens", batch.completion_tokens, batch.completion_mask, vocab_size)
 
     def _with_scalar_head(self, params: dict) -> dict:
         if "scalar_head" not in params:
@@ -91,18 +105,21 @@ class Policy:
         return params
 
     def generate(
-        self, params: dict, prompts: decoding.Prompts | tuple, key: Array, sampling: decoding.Sampling
+        self, params: dict, prompts: decoding.Prompts | Any, key: Array | int, sampling: decoding.Sampling
     ) -> decoding.Completions:
         """N completions of each prompt, with masks and log-probs that teacher forcing repeats.
 
         Args:
             params: parameters.
-            prompts: `pjpo.sampling.Prompts`, or a pair of arrays: tokens and mask, [B, P].
-            key: one key, from which sequence (b, n) gets fold_in(fold_in(key, b), n); or one for each, [B, N].
+            prompts: a pair, tokens and mask, [B, P], as `pjpo.sampling.Prompts` is; tokens alone, none of them padding,
+                as an array or nested lists; or a `Batch`, whose completions are not looked at.
+            key: one key, from which sequence (b, n) gets fold_in(fold_in(key, b), n); or one for each, [B, N]; or a
+                whole number, the seed of one.
             sampling: how many tokens, how they are chosen, where to stop.
 
         Raises:
-            ValueError: an empty prompt, more positions than the model has, a stop token outside the vocabulary.
+            ValueError: prompts or a key that are none of these, an empty prompt, more positions than the model has, a
+                token or a stop token outside the vocabulary.
         """
         with layout.on(layout.of(params)):
             return decoding.generate(self, params, prompts, key, sampling)
@@ -141,7 +158,7 @@ def _logps(config: Config, params: dict, batch: Batch) -> Array:
     logps = _to_completions(streams, token_logps(hidden, head_table(config, params), targets, *logits))
     # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.
     unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
-    return jnp.where(batch.completion_mask, jnp.where(unpredicted, jnp.nan, logps), 0)
+    return _where_read(config, batch, jnp.where(unpredicted, jnp.nan, logps))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,7 +166,14 @@ def _values(config: Config, params: dict, batch: Batch) -> Array:
     streams, hidden = _hidden(config, params, batch)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     values = jnp.einsum("gcd,d->gc", hidden.astype(wide), params["scalar_head"]["kernel"].astype(wide))
-    return jnp.where(batch.completion_mask, _to_completions(streams, values), 0)
+    return _where_read(config, batch, _to_completions(streams, values))
+
+
+def _where_read(config: Config, batch: Batch, values: Float[Array, "B N T"]) -> Float[Array, "B N T"]:
+    """0 where there is no token; nan for completions of which the vocabulary lacks a token, or of whose prompt."""
+    prompts = are_ids(batch.prompt_tokens, batch.prompt_mask, config.vocab_size)[:, None]
+    known = prompts & are_ids(batch.completion_tokens, batch.completion_mask, config.vocab_size)  # [B, N]
+    return jnp.where(batch.completion_mask, jnp.where(known[..., None], values, jnp.nan), 0)
 
 
 def _hidden(config: Config, params: dict, batch: Batch) -> tuple[Streams, Float[Array, "G C D"]]:

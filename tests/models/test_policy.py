@@ -262,6 +262,42 @@ def test_a_batch_fills_what_is_left_out():
     assert batch.ref_logps is batch.packing is None
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 0), (0, 2, 3), (2, 0, 3)])
+def test_of_nothing_come_zeros_of_its_shape(shape):
+    policy = tiny.make_policy(scalar_head=True)
+    batch = Batch.of(completion_tokens=np.zeros(shape, np.int32), prompt_tokens=np.ones((shape[0], 3), np.int32))
+    params = tiny.make_params(tiny.make_policy()) | {"scalar_head": {"kernel": jnp.ones(12)}}
+    for function, expected in ((policy.logps, shape), (policy.values, shape), (policy.scores, shape[:2])):
+        for found in (function(params, batch), jax.jit(function)(params, batch)):
+            assert (found.shape, found.dtype) == (expected, jnp.float32)
+            np.testing.assert_array_equal(found, 0)
+
+
+@pytest.mark.parametrize("beyond", [37, -1])
+@pytest.mark.parametrize(("field", "place"), [("prompt_tokens", (1, 2)), ("completion_tokens", (1, 0, 1))])
+def test_a_token_outside_the_vocabulary_is_refused_and_gives_nan_inside_jit(field, place, beyond):
+    policy = tiny.make_policy()
+    params, batch = tiny.make_params(policy), tiny.ragged(np.random.default_rng(0))
+    batch = Batch.of(prompt_tokens=batch.prompt_tokens, completion_tokens=batch.completion_tokens)  # no padding
+    tokens = getattr(batch, field).copy()
+    tokens[place] = beyond
+    wrong = dataclasses.replace(batch, **{field: tokens})
+    message = rf"{field} {re.escape(str(list(place)))} is {beyond}, outside the vocabulary of 37"
+    for function in (policy.logps, policy.values, policy.scores):
+        with pytest.raises(ValueError, match=message):
+            function(params, wrong)
+    logps = np.asarray(jax.jit(policy.logps)(params, wrong))
+    others = np.asarray(policy.logps(params, batch))
+    hit = np.zeros(logps.shape, bool)
+    hit[place[:-1]] = True
+    assert np.isnan(logps[hit]).all()
+    np.testing.assert_array_equal(logps[~hit], others[~hit])
+    mask = np.ones(tokens.shape, bool)
+    mask[place] = False
+    masked = dataclasses.replace(wrong, **{field.replace("tokens", "mask"): mask})
+    assert np.isfinite(policy.logps(params, masked)).all()  # padding may be any number
+
+
 def test_logps_refuse_prompts_of_no_width():
     policy = tiny.make_policy()
     with pytest.raises(ValueError, match="need a prompt of at least one token"):
