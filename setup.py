@@ -56,6 +56,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["pjpo", "pjpo.*", "experiments", "experiments.*"]),
+    package_data={"experiments": ["*.jsonl"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -2,11 +2,12 @@
 
     python -m experiments.dpo_hh --data.path pairs.jsonl.gz
 
-Reads JSON lines (gzipped or not), Parquet or a TFDS data set. The reference's log-probs are computed once and stored.
-Held-out loss and reward accuracy along training; on two CPU cores about 20 seconds an update.
+Reads JSON lines (gzipped or not), Parquet or a TFDS data set; `--smoke` has a few pairs of its own. The reference's
+log-probs are computed once and stored. Held-out loss and reward accuracy along training; on two CPU cores about 20
+seconds an update.
 """
 
-from experiments.registry import Experiment, Model, launch
+from experiments.registry import SMOKE_PAIRS, Experiment, Model, launch
 from pjpo import optim, train
 from pjpo.data import preference
 from pjpo.evals import held_out
@@ -25,6 +26,7 @@ EXPERIMENT = Experiment(
     pack=True,
     smoke={
         "model.source": "glassllm-en",
+        "data.path": SMOKE_PAIRS,
         "data.num_rows": 400,
         "data.num_held_out": 8,
         "data.max_prompt_tokens": 80,

@@ -24,6 +24,7 @@ from pjpo.experiment import Experiment, Model
 __all__ = ["Experiment", "Model", "about", "check_name", "commands", "get", "launch", "names", "override"]
 
 FOLDER = Path(__file__).parent
+SMOKE_PAIRS = str(FOLDER / "smoke_pairs.jsonl")  # made up, for --smoke of what reads the user's own pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 import tyro
 
+from experiments.registry import SMOKE_PAIRS
 from experiments.study import bench, pair_files, study
 from experiments.study.pair_files import accuracy, longer
 from pjpo import optim
@@ -134,6 +135,7 @@ EXPERIMENT = Study(
     ),
     smoke={
         "start.model.source": "glassllm-en",
+        "start.data.path": SMOKE_PAIRS,
         "start.data.num_rows": 400,
         "start.data.num_held_out": 8,
         "start.data.max_prompt_tokens": 80,

@@ -45,6 +45,18 @@ def make_mesh(config: Config = Config(), devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
+def check_axes(mesh: Mesh) -> None:
+    """
+    Raises:
+        ValueError: a mesh of other axes than those that parameters and batches are cut along.
+    """
+    if mesh.axis_names != MESH_AXES:
+        raise ValueError(
+            f"mesh axes must be {', '.join(MESH_AXES)}, got {', '.join(map(str, mesh.axis_names))}; "
+            "see pjpo.sharding.make_mesh"
+        )
+
+
 def num_batch_parts(mesh: Mesh) -> int:
     """How many devices a batch is cut over."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -86,8 +98,9 @@ def shardings(tree, mesh: Mesh):
     """The sharding of every leaf of parameters or of a whole training state.
 
     Raises:
-        ValueError: an axis of a parameter that its mesh axis does not divide.
+        ValueError: a mesh of other axes, or an axis of a parameter that its mesh axis does not divide.
     """
+    check_axes(mesh)
 
     def of_leaf(path, leaf) -> NamedSharding:
         partition = spec(path, leaf)
@@ -114,6 +127,7 @@ def constrain(tree, mesh: Mesh):
 
 def place_batch(batch, mesh: Mesh):
     """A batch, prompts cut over the mesh's batch axes; every process holds the whole of it."""
+    check_axes(mesh)
     return jax.tree.map(lambda x: _place(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES))), batch)
 
 

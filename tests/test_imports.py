@@ -1,8 +1,13 @@
-"""Any module may be the first that a program imports."""
+"""Any module may be the first that a program imports; what importing costs, and what installing brings."""
 
+import importlib.metadata
 import pathlib
+import resource
 import subprocess
 import sys
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = [file.relative_to(ROOT).with_suffix("") for file in sorted(ROOT.glob("pjpo/**/*.py"))]
@@ -38,3 +43,29 @@ def test_modules_are_attributes_of_their_package():
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "AttributeError: module 'pjpo.methods' has no attribute 'dop'"
+
+
+def test_importing_takes_less_than_two_seconds():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import pjpo"], cwd=ROOT, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def closure(requirement, seen):
+    """The packages that pip installs for it, added to `seen` with the extras that were asked of them."""
+    asked = {(canonicalize_name(requirement.name), extra) for extra in ("", *requirement.extras)}
+    for name, extra in asked - seen:
+        seen.add((name, extra))
+        for line in importlib.metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                closure(needed, seen)
+    return {name for name, _ in seen}
+
+
+def test_a_default_install_is_of_80_packages_at_most():
+    packages = closure(Requirement("pjpo"), set())
+    assert {"pjpo", "jax", "jaxlib", "flax", "grain", "tokenizers"} <= packages
+    assert not {"pytest", "torch", "tensorflow", "transformers", "vadersentiment"} & packages
+    assert len(packages) <= 80, sorted(packages)

@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pjpo import optim, sharding
-from pjpo.models import lora
+from pjpo.models import load, lora
 from pjpo.step import init_state
 from tests import tiny
 
-MESHES = {"8x1x1": (8, 1, 1), "4x2x1": (4, 2, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
+MESHES = {"8x1x1": (8, 1, 1), "4x2x1": (4, 2, 1), "2x4x1": (2, 4, 1), "1x8x1": (1, 8, 1)}
+MESHES |= {"1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 WHOLE, FSDP, MODEL = None, "fsdp", "model"
 # The model of `tiny.DIVISIBLE` with adapters: vocabulary 64, width 16, 8 key/value heads of 2 queries, head 4, mlp 24.
 EXPECTED = {
@@ -223,3 +224,14 @@ def test_a_parameter_that_its_mesh_axis_does_not_divide_is_refused():
         sharding.place(params, make_mesh("1x1x8"))
     with pytest.raises(ValueError, match="has an axis of 12, which mesh axis 'fsdp' of 8 does not divide"):
         sharding.shardings({"params": {"embed": {"table": jnp.zeros((37, 12))}}}, make_mesh("1x8x1"))
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    policy = tiny.make_policy(**tiny.DIVISIBLE)
+    message = r"mesh axes must be data, fsdp, model, got x, y; see pjpo\.sharding\.make_mesh"
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    for place in (lambda: load("glassllm-en", mesh=mesh), lambda: sharding.place(tiny.make_params(policy), mesh)):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            place()
+    with pytest.raises(ValueError, match=message):
+        sharding.place_batch(tiny.ragged(np.random.default_rng(0)), mesh)

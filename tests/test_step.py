@@ -28,6 +28,8 @@ SCHEDULE = optim.make_schedule(OPTIMIZER, NUM_STEPS)
 # measured as at most 8e-6 in any metric (gradient norms near 10 among them) and 3e-7 in any parameter, of which another
 # seed of the start moves some by 3. AdamW lets no error grow here, as clipping keeps its steps below the learning rate.
 METRICS_BOUND, PARAMS_BOUND = 2e-5, 3e-6
+# The first step's gradient, before any error could grow, of each leaf's largest number: measured as at most 2e-6.
+GRADIENT_BOUND = 4e-6
 # Adapters whose B is drawn as here, at the usual alpha / rank of 8, put activations where an error grows threefold a
 # step, on whatever devices; at 1 it stays below 6e-6 in any metric and 2e-7 in any parameter.
 ADAPTERS = {"reference": "adapter", "lora": lora.Config(rank=2, alpha=2.0), "num_layers": 1}
@@ -52,14 +54,18 @@ def setup(mesh, reference="online", loss=dpo.loss, method=METHOD, num_microbatch
 
 
 def trajectory(mesh, num_steps=NUM_STEPS, change=lambda batch: batch, **settings):
-    """Metrics of every step, [steps] each, and the parameters after them as NumPy arrays."""
+    """Metrics of every step, [steps] each, the parameters after them and the first gradient as NumPy arrays."""
     _, state, ref_params, update = setup(mesh, **settings)
-    logged = []
+    logged, gradient = [], None
     for step in range(num_steps):
         state, metrics = update(state, ref_params, sharding.place_batch(change(make_batch(step)), mesh))
         logged.append({name: float(mean.value()) for name, mean in metrics.items()})
+        if gradient is None:  # a tenth of it, as it was clipped, is AdamW's first moment by now
+            scale = 10 * max(1, logged[0]["grad_norm"] / OPTIMIZER.max_grad_norm)
+            gradient = jax.tree.map(lambda leaf: scale * np.asarray(leaf), optax.tree.get(state.opt_state, "mu"))  # noqa: B023
     assert state.step == num_steps
-    return {name: np.array([row[name] for row in logged]) for name in logged[0]}, jax.device_get(state.params)
+    metrics = {name: np.array([row[name] for row in logged]) for name in logged[0]}
+    return metrics, jax.device_get(state.params), gradient
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,8 @@ def assert_same_trajectory(found, expected):
         np.testing.assert_allclose(found[0][name], values, rtol=METRICS_BOUND, atol=METRICS_BOUND, err_msg=name)
     for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=PARAMS_BOUND)
+    for one, other in zip(jax.tree.leaves(found[2]), jax.tree.leaves(expected[2]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=GRADIENT_BOUND * np.abs(other).max())
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -184,7 +192,7 @@ def test_two_updates_equal_a_plain_loop_and_the_stored_numbers():
     logged, params = plain_loop(2)
     np.testing.assert_allclose(logged, STORED, rtol=1e-9)
     np.testing.assert_allclose(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(params)), STORED_SUM, rtol=1e-9)
-    metrics, found = trajectory(one_device(), num_steps=2)
+    metrics, found, _ = trajectory(one_device(), num_steps=2)
     np.testing.assert_allclose(np.stack([metrics["loss"], metrics["grad_norm"]], 1), STORED, rtol=1e-5)
     np.testing.assert_allclose(metrics["learning_rate"], [1.5e-3, 3e-3], rtol=1e-6)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):

@@ -44,7 +44,7 @@ def load(
         source: "smollm2-135m-instruct", "glassllm-en", a Hugging Face folder, or a .gguf file.
         dtype: of products and activations, by name or as NumPy and JAX have it; weights at rest have the setting
             `param_dtype`, float32 unless given.
-        mesh: devices to spread the parameters over; one device without it.
+        mesh: devices to spread the parameters over, from `pjpo.sharding.make_mesh`; one device without it.
         key: draws the adapters, where the setting `lora` asks for them; jax.random.key(0) unless given.
         settings: further fields of `decoder.Config`: scan_layers, remat, lora, scalar_head, ... With scalar_head a
             language model gets a new head, which scores everything 0, and a reward model's folder keeps its own.
@@ -54,10 +54,13 @@ def load(
 
     Raises:
         ValueError: an unknown source or setting, a damaged file, weights that do not match their config, an
-            architecture that the decoder does not cover, or a reward model's folder with scalar_head=False.
+            architecture that the decoder does not cover, a reward model's folder with scalar_head=False, or a mesh of
+            other axes.
         FileNotFoundError: a file that is missing.
         ModuleNotFoundError: the package that carries the model is not installed.
     """
+    if mesh is not None:
+        sharding.check_axes(mesh)
     settings = {name: _dtype_name(value) if "dtype" in name else value for name, value in settings.items()}
     checkpoint, config = _describe(source, settings | {"dtype": _dtype_name(dtype)})
     policy = Policy(config)

@@ -1,6 +1,7 @@
 """The command line, up to the point where a run would begin."""
 
 import importlib
+import operator
 import re
 import subprocess
 import sys
@@ -142,6 +143,15 @@ def test_smoke_is_smaller_and_can_be_overridden(command, begun, name):
     assert (value.seed, original.seed) == (5, 0)
 
 
+@pytest.mark.parametrize(("name", "data"), [("dpo_hh", "data"), ("reward_hh", "start.data")])
+def test_smoke_brings_pairs_unless_a_path_is_given(command, begun, name, data):
+    command(name, "--smoke")
+    command(name, "--smoke", "--data.path", "mine.jsonl")
+    paths = [operator.attrgetter(f"{data}.path")(value) for _, value, _ in begun]
+    assert paths == [registry.SMOKE_PAIRS, "mine.jsonl"]
+    assert Path(registry.SMOKE_PAIRS).is_file()
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_has_a_command_line_too(command, begun, name):
     command(name, "--smoke", "--num-seeds", 3, "--runs", "there")
@@ -198,7 +208,7 @@ def test_bad_overrides_are_refused(command, begun, arguments, message):
         ("dpo_glass", ["--optimizer.warmup-steps", 100], "warmup_steps 100 must be below num_steps 60"),
         ("dpo_glass", ["--model.source", "nowhere"], "unknown model source 'nowhere'. Allowed: smollm2"),
         ("dpo_glass", ["--resume", "nowhere"], "nowhere is not the folder of a run: it has no config.json"),
-        ("dpo_hh", ["--smoke"], "no data file is given; name one with --data.path=pairs.jsonl"),
+        ("dpo_hh", ["--model.source", "glassllm-en"], "no data file is given; name one with --data.path=pairs.jsonl"),
         ("dpo_hh", ["--smoke", "--data.path", "missing.jsonl"], "missing.jsonl"),
     ],
 )

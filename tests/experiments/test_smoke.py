@@ -47,8 +47,7 @@ class Smoke:
     """A finished smoke run: its folder, what it printed, the processor time it took."""
 
     def __init__(self, name, root):
-        arguments = ["--data.path", write_pairs(root / "pairs.jsonl")] if name.endswith("_hh") else []
-        arguments += ["--shifted", write_pairs(root / "others.jsonl", seed=1)] if name == "reward_hh" else []
+        arguments = ["--shifted", write_pairs(root / "others.jsonl", seed=1)] if name == "reward_hh" else []
         command = [sys.executable, "-m", f"experiments.{name}", "--smoke", "--runs", root / "runs", *arguments]
         environment = os.environ | {"XLA_FLAGS": ""}  # one device
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -76,8 +75,9 @@ def smoke(tmp_path_factory):
     return of
 
 
-# One experiment goes from pairs that it samples to its report; the others' smoke runs are slow.
-NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n != "dpo_glass" else []) for n in EXPERIMENTS]
+# Two go from pairs that one samples, and from texts, to their reports; the others' smoke runs are slow.
+QUICK = ("dpo_glass", "sft_reviews")
+NAMES = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in EXPERIMENTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,7 +167,6 @@ def test_dpo_sees_the_held_out_pairs(smoke):
     assert list(smoke("dpo_hh").folder.parent.parent.glob("reference_logps/*/about.json"))
 
 
-@pytest.mark.slow
 def test_sft_learns(smoke):
     run = smoke("sft_reviews").run
     assert not any("rewards/" in name for name in run.metrics)
