@@ -66,6 +66,9 @@ def main() -> None:
         default="plain",
         help="flash: JAX's fused kernels, on GPU and TPU alone",
     )
+    parser.add_argument(
+        "--remat", action="store_true", help="compute layers again going backward, rather than keep them"
+    )
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each variant; one more warms up")
     parser.add_argument("--variants", help="comma-separated; all that fit the job by default")
@@ -89,6 +92,7 @@ def main() -> None:
         "model": {"name": args.model, **model},
         "dtype": args.dtype,
         "attention": args.attention,
+        "remat": args.remat,
         "cores": len(cores),
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
@@ -126,6 +130,7 @@ class Bench:
             max_positions=m["max_pos"],
             dtype=DTYPES[self.args.dtype],
             attention=self.args.attention,
+            remat=self.args.remat,
             lora=lora.Config() if reference == "adapter" else None,
         )
         self.policy = Policy(config)

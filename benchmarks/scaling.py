@@ -79,11 +79,6 @@ ROWS = {
         ("Llama-3.1-8B", "v6e:4x4", (1, 8, 2), 4),
         ("Llama-3.1-8B", "v5p:2x2x4", (2, 8, 1), 4),
         ("Llama-3.1-8B", "v5e:16x16", (4, 64, 1), 1),
-        ("Llama-3.2-1B", "v5p:2x2x1", (4, 1, 1), 8),
-        ("Llama-3.2-1B", "v6e:2x2", (2, 2, 1), 4),
-        ("Llama-3.2-1B", "v5p:2x2x4", (1, 16, 1), 8),
-        ("Llama-3.2-1B", "v5e:8x8", (4, 16, 1), 2),
-        ("Llama-3.2-1B", "v6e:8x8", (4, 16, 1), 4),
     ],
     "generation": [
         ("Llama-3.2-1B", "v5e:2x2", (1, 4, 1), 8),
@@ -124,10 +119,10 @@ def compile_row(effort: float, model: str, topology: str, mesh: tuple[int, int, 
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown, a row for each line."""
+    """Markdown, a row for each line, of small ones first."""
     head = ["model", "slice", "mesh; pairs a chip", "GiB a chip", "of", "compute, ms", "memory, ms", "network, ms"]
     rows = [head, ["---"] * len(head)]
-    for line in lines:
+    for line in sorted(lines, key=_place):
         model, topology, mesh, pairs, _ = line["row"]
         chip = chips.CHIPS[topology.partition(":")[0]]
         used = f"{sum(line['bytes'].values()) / chips.GIB:.1f}{'' if line['fits'] else ', does not fit'}"
@@ -139,6 +134,12 @@ def table(lines: list[dict]) -> str:
         laid = f"{' x '.join(map(str, mesh))}; {pairs * parts / size:g}"
         rows.append([model, f"{topology}, {size} chips", laid, used, f"{chip.hbm / chips.GIB:.0f}", *times])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _place(line: dict) -> tuple:
+    """Models by size, then chips, and slices of one kind by size."""
+    model, topology, mesh, *_ = line["row"]
+    return list(shapes.SHAPES).index(model), list(chips.CHIPS).index(topology.partition(":")[0]), math.prod(mesh), mesh
 
 
 def main() -> None:

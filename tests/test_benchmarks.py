@@ -44,7 +44,8 @@ def test_every_variant_runs(job, tmp_path):
     (tmp_path / "jobs.json").write_text(json.dumps(spec | {"models": {"tiny": MODEL}, "jobs": JOBS}))
     attention = "flash" if job == "sft" else "plain"  # which is the same on a CPU
     command = [sys.executable, "-m", "benchmarks.bench", job, "--jobs", tmp_path / "jobs.json", "--model", "tiny"]
-    done = subprocess.run([*command, "--steps", "1", "--attention", attention], capture_output=True, text=True)
+    options = ["--steps", "1", "--attention", attention, *["--remat"] * (job == "sft")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["attention"] == attention
@@ -58,17 +59,17 @@ def test_a_size_s_speed_is_of_its_own_tokens(monkeypatch):
     monkeypatch.setattr(bench, "_now", lambda cores: next(clock))  # whatever is done takes a second
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # or later tests compile again
     options = {"job": "gen_sizes", "model": "tiny", "dtype": "fp32", "cores": 1, "steps": 2, "variants": None}
-    options["attention"] = "plain"
+    options |= {"attention": "plain", "remat": False}
     spec = {"seed": 1, "special_tokens": SPECIAL}
     found = bench.sizes(bench.Bench(spec, JOBS["gen_sizes"], MODEL, types.SimpleNamespace(**options)))
     speeds = {name: facts["tokens_per_s"] for name, facts in found.items()}
     assert speeds == {"1 x 2": 2, "1 x 5": 5, "3 x 2": 6, "3 x 5": 15}
 
 
-def test_the_policy_has_the_attention_that_was_asked_for():
-    options = {"job": "sft", "model": "tiny", "dtype": "bf16", "steps": 1, "attention": "flash"}
-    job = bench.Bench({"seed": 1}, JOBS["sft"], MODEL, types.SimpleNamespace(**options))
-    assert job.policy.config.attention == "flash"
+def test_the_policy_is_what_was_asked_for():
+    options = {"job": "sft", "model": "tiny", "dtype": "bf16", "steps": 1, "attention": "flash", "remat": True}
+    config = bench.Bench({"seed": 1}, JOBS["sft"], MODEL, types.SimpleNamespace(**options)).policy.config
+    assert (config.attention, config.remat, config.dtype) == ("flash", True, "bfloat16")
 
 
 @pytest.mark.parametrize(

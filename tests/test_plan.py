@@ -30,7 +30,7 @@ SMALL = decoder.Config(
 # Half of Llama-3.2-1B's width, so that a TPU program compiles in seconds; its vocabulary and head stay hard enough.
 MIDDLE = decoder.Config(
     **SIZES,
-    **{"vocab_size": 32768, "num_layers": 4, "model_dim": 1024, "head_dim": 64, "mlp_dim": 2048, "tied_head": True},
+    **{"vocab_size": 32768, "num_layers": 5, "model_dim": 1024, "head_dim": 64, "mlp_dim": 2048, "tied_head": True},
     **{"dtype": "bfloat16", "scan_layers": True, "remat": True, "head_block_numbers": 2**24},
 )
 MESHES = {
@@ -250,7 +250,8 @@ def layer_kernels(work: plan.Work, mesh) -> list[tuple[int, ...]]:
 def assert_no_stack_is_gathered(work: plan.Work, mesh, program: Program) -> None:
     """No array, flat, turned round or in another dtype, has as many numbers as all layers' kernels of one kind.
 
-    Tests choose lengths with a factor that no kernel has, 3 or 5, so that activations cannot have as many.
+    Kernels are powers of 2 in size. Tests choose 3 layers and lengths with a factor of 5, or 5 and 3, so that neither
+    one kernel nor an activation has as many.
     """
     stacks = {work.model.num_layers * math.prod(kernel) for kernel in layer_kernels(work, mesh)}
     vocabulary = {work.model.vocab_size, work.model.vocab_size // mesh.shape["model"]}
