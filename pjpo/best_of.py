@@ -16,7 +16,8 @@ def weights(num_samples: int, n: int) -> Float[np.ndarray, " N"]:
     """
     if not 1 <= n <= num_samples:
         raise ValueError(f"best of n: n must be in 1 to the {num_samples} samples that there are, got {n}")
-    return np.array([math.comb(i, n - 1) for i in range(num_samples)]) / math.comb(num_samples, n)
+    total = math.comb(num_samples, n)  # of whole numbers, which may be larger than NumPy's
+    return np.array([math.comb(i, n - 1) / total for i in range(num_samples)])
 
 
 def expected_best(rewards: Float[np.ndarray, "*rows N"], n: int) -> Float[np.ndarray, "*rows"]:

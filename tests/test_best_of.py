@@ -23,6 +23,12 @@ def test_all_subsets():
         np.testing.assert_allclose(best_of.expected_best(rewards, n), expected, rtol=1e-12)
 
 
+def test_many_samples():
+    weights = best_of.weights(4096, 16)  # C(4096, 16) has 144 bits
+    assert weights.dtype == np.float64
+    np.testing.assert_allclose([weights.sum(), weights[-1]], [1, 16 / 4096], rtol=1e-12)
+
+
 def test_the_best_of_n_as_a_policy():
     rng = np.random.default_rng(1)
     probabilities, rewards = rng.dirichlet(np.ones(5)), np.array([0.3, -1.0, 0.3, 2.0, 0.7])
