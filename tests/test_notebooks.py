@@ -52,6 +52,14 @@ def test_a_run_of_rollouts_is_drawn(tmp_path, monkeypatch):
     sums = outputs["rto"][0]["text"].splitlines()
     assert sums[0].split(": ")[1] == sums[1].split(": ")[1]  # of rto and ddpo
     assert sums[2].endswith("[1. 1. 1. 1.]")  # rs adds nothing
+    text = outputs["rto-text"][-1]["data"]["text/html"]
+    assert text.count("nats in all") == 6
+    colors = {
+        word: set(re.findall(rf"rgba\(([\d,]+),[\d.]+\)\" title=\"[-+.\d]+\">{word} ", text))
+        for word in ("wonderful", "brilliant", "awful", "stupid")
+    }
+    assert colors["wonderful"] | colors["brilliant"] == {"0,114,178"}  # rewards, in blue
+    assert colors["awful"] | colors["stupid"] == {"230,120,0"}
 
 
 @pytest.mark.filterwarnings("default")
