@@ -26,7 +26,8 @@ def test_what_is_kept_from_the_rewards_is_kept(monkeypatch):
         generalisation, "word_pairs", lambda *args, of=generalisation.word_pairs: made.append(of(*args)) or made[-1]
     )
     generalisation.trained_transfer(0)
-    assert len(trained) == 2 and all(batch is made[0] for batch in trained)
+    assert len(trained) == 2
+    assert all(batch is made[0] for batch in trained)
 
     def words_and_topics(batch):
         good, bad = np.asarray(batch.completion_tokens)[:, :, 0].T
