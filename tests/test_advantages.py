@@ -1,5 +1,7 @@
 """Advantages against published values, and what they promise about masks, equal rewards and groups of one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,26 @@ def test_group_relative_and_leave_one_out(inputs, expected, dtype):
         }.items():
             online.check(adv.group_relative(rewards, **settings), expected[name], dtype)
         online.check(adv.leave_one_out(rewards), expected["rloo"], dtype)
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+@pytest.mark.parametrize("settings", [{}, {"std": "none"}, {"std": "batch"}, None])
+def test_groups_of_any_leading_axes(leading, settings):
+    rng = np.random.default_rng(0)
+    rewards, mask = (
+        jnp.asarray(rng.normal(size=(*leading, 4)), jnp.float32),
+        jnp.asarray(rng.random((*leading, 4)) < 0.8),
+    )
+    rows = rewards.reshape(-1, 4), mask.reshape(-1, 4)
+    baseline = adv.leave_one_out if settings is None else functools.partial(adv.group_relative, **settings)
+    np.testing.assert_allclose(baseline(rewards, mask), baseline(*rows).reshape(rewards.shape), rtol=1e-6)
+    np.testing.assert_array_equal(adv.mixed(rewards, mask), adv.mixed(*rows).reshape(leading))
+
+
+@pytest.mark.parametrize("baseline", [adv.group_relative, adv.leave_one_out])
+def test_groups_of_one_are_refused_whatever_the_leading_axes(baseline):
+    with pytest.raises(ValueError, match="needs 2 of them or more, got 1"):
+        baseline(jnp.zeros((2, 3, 1)))
 
 
 @online.cases("reinforce_pp")
