@@ -1,4 +1,7 @@
-"""The second half of `make interop`: the saved folders in `transformers` and PEFT, number by number; needs torch."""
+"""The second half of `make interop`: the saved folders in `transformers` and PEFT, number by number; needs torch.
+
+Log-probs are compared, of all tokens that may come next among them: the logits less a constant for each position.
+"""
 
 import json
 import pathlib
