@@ -134,12 +134,14 @@ def _tokens_and_mask(prompts: Any) -> tuple[Any, Any]:
 
 
 def _as_key(key: Any) -> Array:
-    dtype = np.dtype(np.int64) if isinstance(key, int) else getattr(key, "dtype", np.dtype(object))
+    if isinstance(key, int):
+        return jax.random.key(key)
+    dtype = getattr(key, "dtype", np.dtype(object))
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return key
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"key must be a jax.random.key, keys [B, N], or a whole number as a seed, got {key!r}")
-    return jax.random.wrap_key_data(jnp.asarray(key)) if np.ndim(key) else jax.random.key(key)  # PRNGKey's, or a seed
+    return jax.random.wrap_key_data(jnp.asarray(key)) if key.ndim else jax.random.key(key)  # PRNGKey's, or a seed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
