@@ -10,6 +10,7 @@ work. The variants of a job take turns in one process, step by step, as the load
 - `no_packing`: padding goes through every product (jobs of variable lengths);
 - `sft`: the supervised loss on the same completions (jobs with a stored reference);
 - `halvings_1` to `halvings_3`: rows that shrink by half as completions end (jobs whose completions end);
+- `refilled_2`, `refilled_4`: that fraction of the rows, refilled as completions end, then halved; see refilled.py;
 - `generate`, `update`, `update_no_sharing`: the parts of a step of GRPO, of which `default` is the whole;
 - `weights_bf16`: weights that lie in memory as bfloat16, products in float32 as before (generation in float32).
 
@@ -43,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import refilled
 from pjpo import logps, optim, products, sampling, sharding, step
 from pjpo.methods import dpo, grpo, sft
 from pjpo.models import Policy, lora
@@ -322,7 +324,8 @@ def generate(bench: Bench) -> dict:
         stop_tokens=tuple(stops),
     )
     runs, halvings = {}, {f"halvings_{n}": n for n in (1, 2, 3) if stops}
-    names = ["default", *halvings, "plain_products"] + ["no_sharing"] * (group > 1)
+    refills = {f"refilled_{part}": part for part in (2, 4) if stops}
+    names = ["default", *halvings, *refills, "plain_products"] + ["no_sharing"] * (group > 1)
     names += ["weights_bf16"] * (config.dtype == "float32")
     for name in bench.chosen(names):
         repeats, own, policy, weights = 1, settings, bench.policy, params
@@ -339,7 +342,13 @@ def generate(bench: Bench) -> dict:
             keys = sampling.sequence_keys(jax.random.key(0), len(tokens), own.num_completions)
             return sampling.Prompts(tokens, np.ones(tokens.shape, bool)), keys
 
-        call = jax.jit(lambda params, prompts, keys, p=policy, own=own: p.generate(params, prompts, keys, own))
+        def call(params, prompts, keys, name=name, policy=policy, own=own):
+            if name not in refills:
+                return policy.generate(params, prompts, keys, own)
+            rows, own = keys.size // refills[name], dataclasses.replace(own, halvings=3)
+            return refilled.generate(policy.config, own, params, prompts, keys, rows, max(1, rows // 8))
+
+        call = jax.jit(call)
         program, facts = bench.compile(name, call, weights, *inputs(prompts[0]))
         run = lambda i, p=program, w=weights, inputs=inputs: p(w, *inputs(prompts[i]))  # noqa: E731
         runs[name] = run, facts

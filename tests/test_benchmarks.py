@@ -1,14 +1,18 @@
 """Every variant of a benchmark's job still runs: on one layer, one step of each; and what a speed is of."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
-from benchmarks import bench, refilling
+from benchmarks import bench, refilled, refilling
+from pjpo.sampling import Prompts, sequence_keys
+from tests import test_rollouts
 
 MODEL = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 32, "vocab": 64}
 MODEL |= {"rope_theta": 1e4, "norm_eps": 1e-5, "tied": True, "max_pos": 256}
@@ -31,7 +35,8 @@ VARIANTS = {
     "sft": {"default", "full_head", "plain_products"},
     "shared": {"default", "no_sharing", "full_head", "plain_products"},
     "gen": {"default", "plain_products", "weights_bf16"},
-    "gen_uneven": {"default", "halvings_1", "halvings_2", "halvings_3", "plain_products", "no_sharing", "weights_bf16"},
+    "gen_uneven": {"default", "halvings_1", "halvings_2", "halvings_3", "plain_products", "no_sharing", "weights_bf16"}
+    | {"refilled_2", "refilled_4"},
     "gen_sizes": {"1 x 2", "1 x 5", "3 x 2", "3 x 5"},
     "grpo": {"default", "generate", "update", "update_no_sharing"},
 }
@@ -84,3 +89,17 @@ def test_refilling_reads_what_steps_cost():
     assert refilling.step_costs(variants, 64) == ([4, 16], [2.0, 8.0])
     with pytest.raises(SystemExit, match="costs of completions of 128 tokens at two sizes or more are needed"):
         refilling.step_costs(variants, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "at_once", "halvings"), [(4, 1, 0), (6, 3, 2), (20, 5, 1)])
+def test_refilled_rows_sample_what_rows_for_all_do(rows, at_once, halvings):
+    tokens = np.array([[1, 2, 3], [4, 0, 0], [5, 6, 0], [7, 8, 9], [3, 3, 0]], np.int32)
+    prompts, keys = Prompts(tokens, tokens > 0), sequence_keys(jax.random.key(0), 5, 3)
+    expected = test_rollouts.POLICY.generate(test_rollouts.params(), prompts, keys, test_rollouts.SAMPLING)
+    sampling = dataclasses.replace(test_rollouts.SAMPLING, halvings=halvings)
+    config, params = test_rollouts.POLICY.config, test_rollouts.params()
+    found = refilled.generate(config, sampling, params, prompts, keys, rows, at_once)
+    assert len(set(np.asarray(found.mask).sum(-1).reshape(-1))) > 2
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
