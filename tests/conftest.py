@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 from tests.quick import FLAGS
 
@@ -34,6 +35,14 @@ LONGEST = (
     *("test_experiment.py", "test_distributed.py", "test_step.py", "test_policy.py"),
     *("test_contract.py", "test_sampling.py", "test_smoke.py", "test_plan.py", "test_online.py"),
 )
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, here and in programs that are started, as in a terminal; a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items):

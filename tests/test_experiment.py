@@ -225,6 +225,7 @@ class Glass(Program):
     module = "experiments.dpo_glass"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_before_there_is_a_folder_says_that_nothing_was_kept(tmp_path, cache):
     """While pairs are sampled: JAX computes then, and must not crash what ends around it."""
     process = Glass(tmp_path / "runs", None, cache).start("--data.num-openings=1024")

@@ -269,14 +269,6 @@ for step in range(1_000_000):
     assert run.summary["eval/kl"] in (len(steps) - 1, len(steps) - 2)
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C raises, as in a terminal; a shell's background job would ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
     folder.summary({"eval/kl": 1.0})

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pjpo import layout
 from pjpo.layout import ROWS, TABLE
+
+Tokens = Int[Array, "*rows T"] | Int[np.ndarray, "*rows T"]
 
 
 @jax.custom_vjp
@@ -56,7 +58,7 @@ def check_ids(name: str, tokens: Any, mask: Any, vocab_size: int) -> None:
     if any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in (tokens, mask)):
         return
     tokens = np.asarray(tokens)
-    beyond = np.asarray(mask) & ((tokens < 0) | (tokens >= vocab_size))
+    beyond = np.asarray(mask) & ~are_ids(tokens, vocab_size)
     if beyond.any():
         place = tuple(np.argwhere(beyond)[0].tolist())
         raise ValueError(
@@ -65,6 +67,6 @@ def check_ids(name: str, tokens: Any, mask: Any, vocab_size: int) -> None:
         )
 
 
-def are_ids(tokens: Array, mask: Array, vocab_size: int) -> Array:
-    """The same inside jit: whether every token [.., T] that is there has a row."""
-    return (~jnp.asarray(mask) | ((tokens >= 0) & (tokens < vocab_size))).all(-1)
+def are_ids(tokens: Tokens, vocab_size: int) -> Bool[Array, "*rows T"] | Bool[np.ndarray, "*rows T"]:
+    """The same inside jit: whether each token has a row, there or not."""
+    return (tokens >= 0) & (tokens < vocab_size)

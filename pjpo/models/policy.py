@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pjpo import layout
 from pjpo import sampling as decoding  # the module, whose names come later: it imports this package
@@ -158,7 +158,7 @@ def _logps(config: Config, params: dict, batch: Batch) -> Array:
     logps = _to_completions(streams, token_logps(hidden, head_table(config, params), targets, *logits))
     # Without a prompt, nothing predicts the first token of a completion: nan there, rather than a made-up number.
     unpredicted = ~jnp.asarray(batch.prompt_mask).any(1)[:, None, None] & (jnp.arange(logps.shape[2]) == 0)[None, None]
-    return _where_read(config, batch, jnp.where(unpredicted, jnp.nan, logps))
+    return jnp.where(batch.completion_mask, jnp.where(unpredicted | _unread(config, batch), jnp.nan, logps), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,14 +166,14 @@ def _values(config: Config, params: dict, batch: Batch) -> Array:
     streams, hidden = _hidden(config, params, batch)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     values = jnp.einsum("gcd,d->gc", hidden.astype(wide), params["scalar_head"]["kernel"].astype(wide))
-    return _where_read(config, batch, _to_completions(streams, values))
+    values = jnp.where(_unread(config, batch), jnp.nan, _to_completions(streams, values))
+    return jnp.where(batch.completion_mask, values, 0)
 
 
-def _where_read(config: Config, batch: Batch, values: Float[Array, "B N T"]) -> Float[Array, "B N T"]:
-    """0 where there is no token; nan for completions of which the vocabulary lacks a token, or of whose prompt."""
-    prompts = are_ids(batch.prompt_tokens, batch.prompt_mask, config.vocab_size)[:, None]
-    known = prompts & are_ids(batch.completion_tokens, batch.completion_mask, config.vocab_size)  # [B, N]
-    return jnp.where(batch.completion_mask, jnp.where(known[..., None], values, jnp.nan), 0)
+def _unread(config: Config, batch: Batch) -> Bool[Array, "B N T"]:
+    """Completion tokens that the vocabulary lacks; all of them where it lacks one of their prompt."""
+    prompts = are_ids(batch.prompt_tokens, config.vocab_size) | ~batch.prompt_mask
+    return ~(prompts.all(-1)[:, None, None] & are_ids(batch.completion_tokens, config.vocab_size))
 
 
 def _hidden(config: Config, params: dict, batch: Batch) -> tuple[Streams, Float[Array, "G C D"]]:
