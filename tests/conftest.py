@@ -38,6 +38,20 @@ LONGEST = (
 
 
 @pytest.fixture
+def compiled():
+    """The names of the functions that are compiled while a test runs: "jit(_logps)"."""
+    names = []
+
+    def note(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.fixture
 def interruptible():
     """Ctrl-C raises, here and in programs that are started, as in a terminal; a shell's background job ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
