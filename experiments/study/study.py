@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from experiments import registry
 from experiments.claims.claim import FEWEST_SEEDS, Above, Numbers, Within, interval, seeds
@@ -170,13 +171,18 @@ def markdown(name: str, study: Study, numbers: Sequence[Numbers], verdicts, minu
 
 
 def draw(panels: Sequence[Panel], numbers: Sequence[Numbers]) -> Figure:
-    """Means over seeds with 95 % intervals."""
+    """Means over seeds with 95 % intervals, side by side where curves share their x; the legend stands below."""
     with matplotlib.rc_context(report.STYLE):
-        figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+        figure = Figure(figsize=(4.4 * len(panels), 4.0), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for color, (label, points) in zip(report.SERIES * len(panel.curves), panel.curves.items(), strict=False):
+            middle = (len(panel.curves) - 1) / 2
+            for place, (label, points) in enumerate(panel.curves.items()):
                 means, halves = zip(*(interval(values(numbers, name)) for _, name in points), strict=True)
-                axes.errorbar([x for x, _ in points], means, halves, fmt="o-", color=color, label=label, elinewidth=0.8)
+                style = {"color": report.SERIES[place % len(report.SERIES)], "label": label, "elinewidth": 0.8}
+                bars = axes.errorbar([x for x, _ in points], means, halves, fmt="o-", **style)
+                aside = ScaledTranslation((place - middle) / 30, 0, figure.dpi_scale_trans)  # inches
+                for artist in bars.get_children():
+                    artist.set_transform(artist.get_transform() + aside)
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-            axes.legend(loc="best")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     return figure

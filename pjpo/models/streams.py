@@ -73,10 +73,7 @@ class Streams:
         slots = _move(values, self.packing.places, self.packing.slots)  # [G, S, ...]
         num_prompts, width = self.prompt_keys.shape
         prompts, completions = jnp.split(slots, [num_prompts // groups * width], axis=1)
-        return self.join(
-            prompts.reshape(num_prompts, width, *values.shape[2:]),
-            completions.reshape(num_prompts, -1, *values.shape[2:]),
-        )
+        return self.join(prompts.reshape(num_prompts, width, *values.shape[2:]), completions)
 
     def to_places(self, values: Array) -> Array:
         """The inverse of `to_slots`; zero where a place is empty."""

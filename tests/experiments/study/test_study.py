@@ -161,6 +161,19 @@ def test_an_error_bar_is_the_interval_over_seeds():
     np.testing.assert_allclose(segments[1][:, 1], [4, 4])
 
 
+def test_curves_of_one_x_are_drawn_side_by_side_and_the_legend_covers_none():
+    panel = study.Panel(title="t", xlabel="", ylabel="", curves={"one": [("a", "a: x")], "two": [("a", "b: x")]})
+    figure = study.draw([panel], [{"a: x": 1.0, "b: x": 4.0}, {"a: x": 3.0, "b: x": 4.0}])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    bars = [drawn.get_transform().transform(drawn.get_segments()[0])[0, 0] for drawn in axes.collections]  # pixels
+    middle = axes.transData.transform((0, 4))[0]
+    np.testing.assert_allclose(bars, [middle - figure.dpi / 60, middle + figure.dpi / 60])
+    dots = [line.get_transform().transform(line.get_xydata())[0, 0] for line in axes.lines]
+    np.testing.assert_allclose(dots, bars)
+    assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+
+
 def test_a_study_that_lacks_a_part_cannot_be_made():
     class Partial(study.Study):
         def measure(self, start, seed):
