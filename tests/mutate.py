@@ -27,6 +27,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 LISTED = ROOT / "docs" / "mutants.md"
 TESTS = {  # what pytest is given, the quickest and likeliest to fail first
@@ -172,6 +174,24 @@ def _replacements(node: ast.expr | ast.stmt) -> Iterator[ast.expr | ast.stmt]:
             yield ast.IfExp(test, other, one)
 
 
+class Noticed:
+    """Names of tests that failed, the latest first, in a file: a mutant's neighbour is run against these first."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        path.touch()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        places = {name: place for place, name in enumerate(self.path.read_text().splitlines())}
+        items.sort(key=lambda item: places.get(item.nodeid, len(places)))
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            others = [name for name in self.path.read_text().splitlines() if name != report.nodeid]
+            self.path.write_text("\n".join([report.nodeid, *others]))
+
+
 def run(path: pathlib.Path, source: str, tests: list[str], limit: float, log: pathlib.Path) -> bool:
     """Whether the tests pass within so many seconds, in a fork of this process that reads `source` from `path`."""
     child = os.fork()
@@ -182,10 +202,13 @@ def run(path: pathlib.Path, source: str, tests: list[str], limit: float, log: pa
             os.dup2(out.fileno(), 2)
         _put_in_place(path, source)
         os.chdir(ROOT)
-        import pytest
-
         imported = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"  # before the fork
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", imported, *tests]))
+        os._exit(
+            pytest.main(
+                ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", imported, *tests],
+                [Noticed(log.with_name("noticed"))],
+            )
+        )
     ends = time.monotonic() + limit
     while time.monotonic() < ends:
         done, status = os.waitpid(child, os.WNOHANG)
