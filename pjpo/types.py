@@ -69,7 +69,7 @@ class Batch:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in others:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(name, known)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ValueError(f"a batch has no field {name!r}{hint} Known: {', '.join(known)}")
         given = {"completion_tokens": completion_tokens, "completion_mask": completion_mask}
