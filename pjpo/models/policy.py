@@ -172,8 +172,8 @@ def _values(config: Config, params: dict, batch: Batch) -> Array:
 
 def _unread(config: Config, batch: Batch) -> Bool[Array, "B N T"]:
     """Completion tokens that the vocabulary lacks; all of them where it lacks one of their prompt."""
-    prompts = are_ids(batch.prompt_tokens, config.vocab_size) | ~batch.prompt_mask
-    return ~(prompts.all(-1)[:, None, None] & are_ids(batch.completion_tokens, config.vocab_size))
+    prompts = jnp.all(are_ids(batch.prompt_tokens, config.vocab_size) | ~batch.prompt_mask, -1)
+    return jnp.logical_not(prompts[:, None, None] & are_ids(batch.completion_tokens, config.vocab_size))
 
 
 def _hidden(config: Config, params: dict, batch: Batch) -> tuple[Streams, Float[Array, "G C D"]]:
