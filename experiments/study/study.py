@@ -171,7 +171,7 @@ def markdown(name: str, study: Study, numbers: Sequence[Numbers], verdicts, minu
 
 
 def draw(panels: Sequence[Panel], numbers: Sequence[Numbers]) -> Figure:
-    """Means over seeds with 95 % intervals, side by side where curves share their x; the legend stands below."""
+    """Means over seeds with 95 % intervals, side by side where curves share their x; the legend stands above."""
     with matplotlib.rc_context(report.STYLE):
         figure = Figure(figsize=(4.4 * len(panels), 4.0), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -183,6 +183,9 @@ def draw(panels: Sequence[Panel], numbers: Sequence[Numbers]) -> Figure:
                 aside = ScaledTranslation((place - middle) / 30, 0, figure.dpi_scale_trans)  # inches
                 for artist in bars.get_children():
                     artist.set_transform(artist.get_transform() + aside)
-            axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+            axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+            axes.set_title(panel.title, pad=6 + 14 * -(-len(panel.curves) // 2))  # points: above the legend's rows
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+            if any(isinstance(x, str) for points in panel.curves.values() for x, _ in points):
+                axes.tick_params(axis="x", rotation=15)
     return figure

@@ -171,7 +171,8 @@ def test_curves_of_one_x_are_drawn_side_by_side_and_the_legend_covers_none():
     np.testing.assert_allclose(bars, [middle - figure.dpi / 60, middle + figure.dpi / 60])
     dots = [line.get_transform().transform(line.get_xydata())[0, 0] for line in axes.lines]
     np.testing.assert_allclose(dots, bars)
-    assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+    legend, title = (part.get_window_extent() for part in (axes.get_legend(), axes._left_title))
+    assert axes.get_window_extent().y1 <= legend.y0 < legend.y1 <= title.y0
 
 
 def test_a_study_that_lacks_a_part_cannot_be_made():
