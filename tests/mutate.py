@@ -27,8 +27,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
+PHASES = hypothesis.Phase.explicit, hypothesis.Phase.generate  # one that fails is enough; it need not be the simplest
 ROOT = pathlib.Path(__file__).parents[1]
 LISTED = ROOT / "docs" / "mutants.md"
 TESTS = {  # what pytest is given, the quickest and likeliest to fail first
@@ -250,11 +252,13 @@ def main() -> int:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     sys.path.insert(0, str(ROOT))
-    slow = ["tests.conftest", "flax.linen", "hypothesis", "optax", "scipy.special"]  # JAX with the first
+    slow = ["tests.conftest", "flax.linen", "optax", "scipy.special"]  # JAX with the first
     if all(file.startswith("pjpo/methods/") for file in options.files):
         slow += ["pjpo.step", "pjpo.models.load"]  # which import no method
     for module in slow:
         importlib.import_module(module)
+    hypothesis.settings.register_profile("mutants", parent=hypothesis.settings(), phases=PHASES)
+    hypothesis.settings.load_profile("mutants")
 
     listed = LISTED.read_text() if LISTED.exists() else ""
     log, left, number = pathlib.Path(cache.name) / "log", 0, 0
