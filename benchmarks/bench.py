@@ -6,6 +6,7 @@ work. The variants of a job take turns in one process, step by step, as the load
 - `default`: what users get;
 - `no_sharing`: every completion computes its own copy of the prompt;
 - `full_head`: all logits at once, differentiated by JAX;
+- `transposed`: kernels that are not read in pieces (generation in float32);
 - `plain_products`: products as JAX writes them, in the compute dtype;
 - `no_packing`: padding goes through every product (jobs of variable lengths);
 - `sft`: the supervised loss on the same completions (jobs with a stored reference);
@@ -325,7 +326,7 @@ def generate(bench: Bench) -> dict:
     )
     runs, halvings = {}, {f"halvings_{n}": n for n in (1, 2, 3) if stops}
     refills = {f"refilled_{part}": part for part in (2, 4) if stops}
-    names = ["default", *halvings, *refills, "plain_products"] + ["no_sharing"] * (group > 1)
+    names = ["default", *halvings, *refills, "transposed", "plain_products"] + ["no_sharing"] * (group > 1)
     names += ["weights_bf16"] * (config.dtype == "float32")
     for name in bench.chosen(names):
         repeats, own, policy, weights = 1, settings, bench.policy, params
@@ -342,14 +343,15 @@ def generate(bench: Bench) -> dict:
             keys = sampling.sequence_keys(jax.random.key(0), len(tokens), own.num_completions)
             return sampling.Prompts(tokens, np.ones(tokens.shape, bool)), keys
 
-        def call(params, prompts, keys, name=name, policy=policy, own=own):
-            if name not in refills:
-                return policy.generate(params, prompts, keys, own)
+        @functools.partial(jax.jit, static_argnums=(0, 1))
+        def refill(config, own, params, prompts, keys, name=name):
             rows, own = keys.size // refills[name], dataclasses.replace(own, halvings=3)
-            return refilled.generate(policy.config, own, params, prompts, keys, rows, max(1, rows // 8))
+            return refilled.generate(config, own, params, prompts, keys, rows, max(1, rows // 8))
 
-        call = jax.jit(call)
-        program, facts = bench.compile(name, call, weights, *inputs(prompts[0]))
+        given = weights, *inputs(prompts[0])
+        plain = name in ("transposed", "plain_products")
+        decode = refill if name in refills else sampling.transposed if plain else sampling.program(config, *given)
+        program, facts = bench.compile(name, decode, policy.config, own, *given)
         run = lambda i, p=program, w=weights, inputs=inputs: p(w, *inputs(prompts[i]))  # noqa: E731
         runs[name] = run, facts
     count = job.get("mean_tokens", job["new_tokens"])
@@ -368,9 +370,10 @@ def sizes(bench: Bench) -> dict:
         batch, new = shapes[name]
         tokens = np.array([bench.tokens(job["prompt"]) for _ in range(batch)], np.int32)
         settings = sampling.Sampling(max_completion_tokens=new, temperature=0.0)
-        call = jax.jit(lambda params, prompts, key, settings=settings: policy.generate(params, prompts, key, settings))
-        given = params, sampling.Prompts(tokens, np.ones(tokens.shape, bool)), jax.random.key(0)
-        program, about[name] = bench.compile(name, call, *given)
+        keys = sampling.sequence_keys(jax.random.key(0), batch, 1)
+        given = params, sampling.Prompts(tokens, np.ones(tokens.shape, bool)), keys
+        decode = sampling.program(policy.config, *given)
+        program, about[name] = bench.compile(name, decode, policy.config, settings, *given)
         runs[name] = lambda i, program=program, given=given: program(*given)
         work[name] = [(batch * new, batch * bench.work(job["prompt"], new - 1, 1, new)[1])] * bench.num_steps
     return bench.take_turns(runs, work, about)
@@ -395,11 +398,8 @@ def rollout(bench: Bench) -> dict:
     def batch_of(i: int, tokens) -> Batch:
         return Batch.of(prompt_tokens=prompts[i], completion_tokens=tokens, advantages=advantages)
 
-    def sample(params, prompts, keys):
-        weights = jax.tree.map(lambda x: x.astype(policy.config.dtype), params)
-        return policy.generate(weights, prompts, keys, settings).tokens
-
-    generator, facts = bench.compile("generate", jax.jit(sample), state.params, inputs(0), keys)
+    decode = sampling.program(policy.config, state.params, inputs(0), keys)
+    generator, facts = bench.compile("generate", decode, policy.config, settings, state.params, inputs(0), keys)
     some, programs, about = np.ones(shape, np.int32), {}, {"default": facts, "generate": facts}
     for name, scored in (("update", policy), ("update_no_sharing", Unshared(policy))):
         update = step.make_update(grpo.loss, grpo.Config(beta=0.0), scored, optimizer, mesh, reference="none")
@@ -411,7 +411,7 @@ def rollout(bench: Bench) -> dict:
         return metrics
 
     runs = {
-        "default": lambda i: update(i, "update", generator(state.params, inputs(i), keys)),
+        "default": lambda i: update(i, "update", generator(state.params, inputs(i), keys).tokens),
         "generate": lambda i: generator(state.params, inputs(i), keys),
         **{name: functools.partial(update, name=name) for name in programs},
     }
@@ -479,7 +479,7 @@ PATCHES = {
     "plain_products": {
         "pjpo.models.decoder.product": plain_product,
         "pjpo.models.decoder.few_rows": lambda x, kernel, transposed: plain_product(x, kernel),
-        "pjpo.sampling.few_rows": lambda x, kernel, transposed: products.dot(x, transposed, (x.ndim - 1,), (1,)),
+        "pjpo.sampling.few_rows": lambda x, kernel, transposed: products.dot(x, kernel, (x.ndim - 1,), (0,)),
         "pjpo.logps.contract_rows": lambda a, b: products.dot(a, b, tuple(range(a.ndim - 1)), tuple(range(a.ndim - 1))),
     },
 }

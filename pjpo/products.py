@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
@@ -54,22 +55,76 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
     """A handful of rows x [.., D] times kernel [D, *out], given also as `transposed` [*out, D]; float32, no gradient.
 
     A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand. Float32
-    rows meet a bfloat16 kernel in three bfloat16 parts, which lose nothing: half the bytes, and the matrix unit.
+    rows meet a bfloat16 kernel in three bfloat16 parts, which lose nothing: half the bytes, and the matrix unit. A
+    float32 kernel may come in pieces instead, see `to_streams`.
     """
 
     def kernel_left(x, kernel, transposed):
-        rows, left = x.reshape(-1, x.shape[-1]), transposed.reshape(-1, x.shape[-1])
-        in_parts = (rows.dtype, left.dtype) == (jnp.float32, jnp.bfloat16)
-        # The barrier: or XLA computes what made the rows again for each of their parts.
-        right = _bfloat16_parts(lax.optimization_barrier(rows)).reshape(-1, x.shape[-1]) if in_parts else rows
-        out = lax.optimization_barrier(dot(left, right, (1,), (1,)))  # or XLA turns the product around
-        out = out.reshape(len(left), -1, len(rows)).sum(1)
-        return out.T.reshape(*x.shape[:-1], *transposed.shape[:-1])
+        # The barriers: or XLA computes what made the rows again at each use, and turns the product around.
+        rows = lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+        if transposed.ndim > kernel.ndim:
+            out = _from_streams(rows, transposed.reshape(len(transposed), -1, transposed.shape[-1]))
+        else:
+            left = transposed.reshape(-1, x.shape[-1])
+            in_parts = (rows.dtype, left.dtype) == (jnp.float32, jnp.bfloat16)
+            right = _bfloat16_parts(rows).reshape(-1, x.shape[-1]) if in_parts else rows
+            out = lax.optimization_barrier(dot(left, right, (1,), (1,)))
+            out = out.reshape(len(left), -1, len(rows)).sum(1).T
+        return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
     def ordinary(x, kernel, transposed):
         return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,))
 
     return lax.platform_dependent(x, kernel, transposed, cpu=kernel_left, default=ordinary)
+
+
+# What `to_streams` needs of the compiler: sums that may be reordered, nan and infinity as they are, wide registers.
+REORDERED = {
+    "xla_cpu_enable_fast_math": True,
+    **{f"xla_cpu_fast_math_honor_{what}": True for what in ("infs", "nans", "division", "functions")},
+    "xla_cpu_prefer_vector_width": 512,
+}
+REGISTER = 16  # float32 numbers
+MOST_STREAMED = 2 * REGISTER  # rows; for more, the kernel would be read too often, once for each 16
+WIDEST_STREAMED = 1024  # of which 16 rows stay near the processor
+
+
+def to_streams(transposed: Array, axis: int = 0) -> Array:
+    """[*layers, *out, D] -> [*layers, S, *out, D/S], S at `axis`: float32 as `few_rows` reads it fastest on a CPU.
+
+    Kernels wider than `WIDEST_STREAMED` stay as they are.
+
+    XLA's products pack a kernel first and multiply after, so they wait for memory, then for the processor. Sums that
+    are written out are one loop over the kernel as it lies, with a register for each row. That loop reads all pieces at
+    a time, as memory does not keep up with one alone. This is for programs that are compiled as `REORDERED` says, for
+    processors of `has_wide_registers`, and for `MOST_STREAMED` rows at most; elsewhere it is far slower.
+    """
+    width = transposed.shape[-1]
+    if width > WIDEST_STREAMED:
+        return transposed
+    pieces = next((n for n in (4, 3, 2, 5, 7) if width % (n * REGISTER) == 0), 1)
+    return jnp.moveaxis(transposed.reshape(*transposed.shape[:-1], pieces, -1), -2, axis)
+
+
+@functools.cache
+def has_wide_registers() -> bool:
+    """Whether the processor has registers of 512 bits, as NumPy finds."""
+    return any(
+        name.startswith(("AVX512", "X86_V4")) for name in np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    )
+
+
+def _from_streams(rows: Array, streams: Array) -> Array:
+    """rows [R, D] times streams [S, O, D/S] -> [R, O]."""
+    parts = rows.reshape(len(rows), len(streams), -1)
+    if len(rows) == 1:
+        return sum(dot(part, piece, (1,), (1,)) for part, piece in zip(parts.swapaxes(0, 1), streams, strict=True))
+    out = []
+    for group in np.array_split(np.arange(len(rows)), -(-len(rows) // REGISTER)):
+        products = [sum(piece * part[None] for piece, part in zip(streams, parts[i], strict=True)) for i in group]
+        nought = [jnp.zeros((), rows.dtype)] * len(group)
+        out += lax.reduce(products, nought, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,))
+    return jnp.stack(lax.optimization_barrier(out))
 
 
 def _product(x: Array, kernel: Array, cut: tuple[str | None, ...] = ()) -> Array:

@@ -22,7 +22,7 @@ from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, transpose_kernels
 from pjpo.models.embedding import check_ids
 from pjpo.packing import prompt_keys
-from pjpo.products import few_rows
+from pjpo.products import MOST_STREAMED, REORDERED, WIDEST_STREAMED, few_rows, has_wide_registers, to_streams
 from pjpo.types import Batch, as_field
 
 
@@ -104,7 +104,22 @@ def generate(policy, params: dict, prompts: Any, key: Any, sampling: Sampling) -
         raise ValueError(
             f"key must be one key or keys [B, N] = {(len(tokens), sampling.num_completions)}, got {keys.shape}"
         )
-    return _generate(policy.config, sampling, params, Prompts(jnp.asarray(tokens), jnp.asarray(mask)), keys)
+    prompts = Prompts(jnp.asarray(tokens), jnp.asarray(mask))
+    return program(policy.config, params, prompts, keys)(policy.config, sampling, params, prompts, keys)
+
+
+def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
+    """The jitted function that decodes these: `streamed` where kernels can be read in pieces, else `transposed`.
+
+    Pieces (see `pjpo.products.to_streams`) are for few rows in float32 on one CPU, in a program with its own options.
+    """
+    leaves = jax.tree.leaves((params, prompts, keys, jnp.zeros(())))  # the last is traced where everything is
+    if config.decoding_dtype != "float32" or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return transposed
+    devices = set().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
+    on_one_cpu = [device.platform for device in devices] == ["cpu"]
+    fits = 1 < keys.size <= MOST_STREAMED and config.model_dim <= WIDEST_STREAMED and has_wide_registers()
+    return streamed if on_one_cpu and fits else transposed
 
 
 def _plain(name: str, value: Any, default: Any) -> Any:
@@ -144,8 +159,7 @@ def _as_key(key: Any) -> Array:
     return jax.random.wrap_key_data(jnp.asarray(key)) if key.ndim else jax.random.key(key)  # PRNGKey's, or a seed
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array) -> Completions:
+def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array, *, in_pieces: bool) -> Completions:
     num_prompts, width = prompts.tokens.shape
     decoder, table = Decoder(config), head_table(config, params).astype(config.decoding_dtype)
     positions = (prompts.mask.cumsum(1) - 1).clip(0)
@@ -160,7 +174,8 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
         return attention.decode_cache(cache, sampling.num_completions, sampling.max_completion_tokens)
 
     caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
-    params = transpose_kernels(config, params)
+    params = transpose_kernels(config, params, in_pieces)
+    rows = jax.lax.optimization_barrier(to_streams(table)) if in_pieces else table
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))
     start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
     growing = _Growing(
@@ -171,7 +186,7 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
         attend = Partial(attention.decode, now.visible, now.step)
         positions = jnp.broadcast_to(now.length - 1 + now.step, now.ended.shape)
         hidden, caches = decoder.apply(params, now.inputs, positions, attend, now.caches)
-        logits = soft_cap(few_rows(hidden, table.T, table), config.logit_softcap) / config.temperature  # [B, N, V]
+        logits = soft_cap(few_rows(hidden, table.T, rows), config.logit_softcap) / config.temperature  # [B, N, V]
         tokens = jnp.where(now.ended, 0, choose(sampling, logits, _step_keys(now.keys, now.step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         logps = jnp.where(now.ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))
@@ -197,6 +212,10 @@ def _generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: 
         )
 
     return finish(growing, sampling.halvings)
+
+
+transposed = jax.jit(functools.partial(_decode, in_pieces=False), static_argnums=(0, 1))
+streamed = jax.jit(functools.partial(_decode, in_pieces=True), static_argnums=(0, 1), compiler_options=REORDERED)
 
 
 class _Growing(NamedTuple):

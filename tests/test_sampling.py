@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pjpo import sharding
+from pjpo import sampling, sharding
 from pjpo.models import load, lora
+from pjpo.products import has_wide_registers
 from pjpo.sampling import Prompts, Sampling, choose, sequence_keys
 from pjpo.types import Batch
 from tests import tiny
@@ -70,6 +71,39 @@ def test_logps_of_a_pretrained_model_equal_teacher_forcing():
     assert_teacher_forcing_agrees(
         policy, params, prompts, policy.generate(params, prompts, jax.random.key(0), settings)
     )
+
+
+@pytest.mark.skipif(not has_wide_registers(), reason="the processor has no registers of 512 bits")
+@pytest.mark.parametrize("settings", [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}])
+def test_few_rows_are_decoded_from_kernels_in_pieces(settings):
+    policy, prompts = tiny.make_policy(model_dim=64, mlp_dim=96, **settings), make_prompts()
+    params, keys = tiny.make_params(policy), sequence_keys(jax.random.key(0), 4, 3)
+    assert sampling.program(policy.config, params, prompts, keys) is sampling.streamed
+    shrinking = dataclasses.replace(SETTINGS, stop_tokens=(3, 8, 30), halvings=3)
+    found = policy.generate(params, prompts, keys, shrinking)
+    expected = sampling.transposed(policy.config, shrinking, params, prompts, keys)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logps, expected.logps, rtol=0, atol=LOGPS_BOUND)
+    assert 0 < found.mask.mean() < 1
+    inside = jax.jit(lambda params: policy.generate(params, prompts, keys, shrinking))(params)
+    np.testing.assert_array_equal(inside.tokens, found.tokens)
+
+
+def test_kernels_come_in_pieces_for_few_rows_in_float32_on_one_cpu_alone():
+    policy, prompts = tiny.make_policy(), make_prompts()
+    params = tiny.make_params(policy)
+
+    def is_streamed(num_completions, params=params, **settings):
+        config = dataclasses.replace(policy.config, **settings)
+        keys = sequence_keys(jax.random.key(0), 4, num_completions)
+        return sampling.program(config, params, prompts, keys) is sampling.streamed
+
+    assert is_streamed(8) == has_wide_registers()
+    assert not is_streamed(9)  # 36 rows
+    assert not is_streamed(1, dtype="bfloat16")
+    assert not is_streamed(1, param_dtype="bfloat16")
+    assert not is_streamed(1, model_dim=2048)
+    assert not is_streamed(1, sharding.place(params, sharding.make_mesh()))
 
 
 def test_greedy_is_the_oracles_likeliest_token():

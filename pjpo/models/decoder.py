@@ -21,7 +21,7 @@ from pjpo.models.attention import Scoring
 from pjpo.models.decoder_config import Config
 from pjpo.models.embedding import lookup
 from pjpo.models.rope import rotary, rotate
-from pjpo.products import few_rows, product, scale_columns
+from pjpo.products import few_rows, product, scale_columns, to_streams
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
 AXES = {
@@ -271,15 +271,18 @@ def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
     return params["params"]["embed" if config.tied_head else "head"]["table"]
 
 
-def transpose_kernels(config: Config, params: dict) -> dict:
-    """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in `decoding_dtype`."""
+def transpose_kernels(config: Config, params: dict, in_pieces: bool = False) -> dict:
+    """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in `decoding_dtype`.
+
+    `in_pieces`: see `pjpo.products.to_streams`.
+    """
 
     def transpose(path: tuple, kernel: Array) -> Array:
         first = 1 if config.scan_layers else 0
         num_in = first + (3 if path[-2].key == "out" else 1)
         layers, inputs, out = kernel.shape[:first], math.prod(kernel.shape[first:num_in]), kernel.shape[num_in:]
-        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1)
-        return jax.lax.optimization_barrier(matrix.astype(config.decoding_dtype))
+        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1).astype(config.decoding_dtype)
+        return jax.lax.optimization_barrier(to_streams(matrix, first) if in_pieces else matrix)
 
     names = {name: tree for name, tree in params["params"].items() if name.startswith("layers")}
     kernels = {
