@@ -55,7 +55,7 @@ TESTS = {  # what pytest is given, the quickest and likeliest to fail first
     "pjpo/data/buckets.py": ["tests/data/test_buckets.py"],
     "pjpo/data/examples.py": ["tests/data/test_examples.py"],
     "pjpo/evals/ranking.py": ["tests/evals/test_ranking.py"],
-    "pjpo/evals/panel.py": ["tests/evals/test_panel.py"],
+    "pjpo/evals/panel.py": ["tests/evals/test_panel.py", "tests/evals/test_held_out.py"],
     "pjpo/evals/sentiment.py": ["tests/evals/test_sentiment.py"],
 }
 TESTS |= {

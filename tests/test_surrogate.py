@@ -156,7 +156,7 @@ def test_shares_of_what_is_clipped():
 
 def test_the_share_that_a_dual_clip_bounds():
     ratios = jnp.array([[[2.0, 3.0, 3.5, 9.0]]])
-    for advantage, share in ((-1.0, 0.5), (1.0, 0.0)):
+    for advantage, share in ((-1.0, 0.5), (0.0, 0.0), (0.5, 0.0)):
         advantages = jnp.full(ratios.shape, advantage)
         found = surrogate.clip_metrics(ratios, advantages, ratios > 0, 0.2, 0.2, dual_clip=3.0)
         assert found["clip_ratio/dual_mean"].value() == share

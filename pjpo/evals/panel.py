@@ -180,8 +180,7 @@ def displacement(logps: Sums, ref_logps: Sums, lengths: Lengths | None = None) -
     With `lengths`, a change within `ROUNDING` for each token is none.
     """
     changes = np.asarray(logps, np.float64) - ref_logps
-    lengths = np.zeros(changes.shape) if lengths is None else lengths
-    return _regime(list(changes.T), lengths.mean(0))
+    return _regime(list(changes.T), [0.0, 0.0] if lengths is None else lengths.mean(0))
 
 
 def displacement_of_labelled(logps, ref_logps, lengths, labels) -> str:
@@ -231,5 +230,4 @@ def _share(found: np.ndarray, among: np.ndarray) -> float:
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's; 0 where one of the two is constant."""
-    spread = x.std() * y.std()
-    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else 0.0
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() > 0 else 0.0

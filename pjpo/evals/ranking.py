@@ -107,8 +107,8 @@ def threshold_violations(
     """
     ratios = np.asarray(logps - ref_logps, np.float64)
     margins = ratios[:, CHOSEN] - ratios[:, REJECTED]
-    largest = max(np.abs(margins).max(initial=0), np.abs(difficulty(ref_logps)).max(initial=0), 1.0)
-    beta = min(beta, 500 / largest)  # exp(-500) is still a number
+    largest = np.abs([margins, difficulty(ref_logps)]).max(initial=0)
+    beta = beta / max(1, beta * largest / 500)  # exp(-500) is still a number
     below = np.logaddexp(0, -beta * margins) <= loss_threshold(np.asarray(ref_logps, np.float64), beta)
     decided = np.abs(logps[:, CHOSEN] - logps[:, REJECTED]) > within
     return int(np.sum((below != ranked(logps)) & decided))

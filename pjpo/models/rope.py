@@ -33,7 +33,7 @@ class Scaling:
         if self.kind not in KINDS:
             raise ValueError(f"rope_scaling: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if not 1 <= self.factor < math.inf:
-            raise ValueError(f"rope_scaling: factor must be >= 1, got {self.factor}")
+            raise ValueError(f"rope_scaling: factor must be >= 1 and finite, got {self.factor}")
         if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ValueError(
                 "rope_scaling: 0 < low_freq_factor < high_freq_factor must hold, "

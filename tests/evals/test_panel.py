@@ -210,6 +210,35 @@ def test_a_change_within_rounding_is_none_and_a_small_one_is_no_nought():
     assert "chosen fell, rejected stayed (chosen -0.003, rejected +0.00 nats" in said
 
 
+@pytest.mark.parametrize(("change", "said"), [(0.004, "+0.004"), (0.005, "+0.01"), (0.007, "+0.01")])
+def test_less_than_half_a_hundredth_is_said_to_one_digit(change, said):
+    ref = np.full((4, 2), -0.5)
+    assert f"(chosen {said}, rejected +0.00 " in panel.displacement(ref + np.array([change, 0.0]), ref)
+
+
+def test_a_small_change_is_one_where_no_lengths_are_told():
+    ref = np.full((4, 2), -0.5)
+    assert panel.displacement(ref + np.array([4e-6, 0.0]), ref).startswith("Reinforcement: chosen rose, rejected stay")
+
+
+def test_contradictions_of_the_theorem_within_rounding_are_not_counted(monkeypatch):
+    asked = []
+    monkeypatch.setattr(panel.ranking, "threshold_violations", lambda *_, within: asked.append(within) or 7)
+    assert panel.of_pairs(0.5, LOGPS, REF, LENGTHS)["ranking/theorem_4_1_violations"] == 7
+    np.testing.assert_allclose(asked[0], panel.ROUNDING * LENGTHS.sum(1))
+
+
+def test_what_rounding_leaves_of_a_change_is_no_reward_of_a_labelled_completion():
+    ref, lengths, labels = np.full(4, -9.0), np.array([10, 20, 30, 40]), np.array([True, False] * 2)
+
+    def correlation(tokens):  # changes of 1e-5 nats for so many tokens
+        found = panel.of_labelled(0.1, ref + panel.ROUNDING * np.asarray(tokens), ref, lengths, labels)
+        return found["length/reward_correlation"]
+
+    assert correlation(0.9 * lengths) == 0
+    assert correlation(1.1 * lengths) == pytest.approx(1)
+
+
 def test_the_largest_share_of_token_rewards():
     ratios = jnp.array([[[3.0, -1.0], [0.5, 9.0]], [[1.0, 1.0], [-1.0, 1.0]], [[1e-6, 0.0], [0.0, 0.0]]])
     mask = jnp.array([[[True, True], [True, False]], [[True, True], [True, True]], [[True, True], [True, True]]])

@@ -105,7 +105,12 @@ def test_no_pair_contradicts_the_theorem_and_those_that_would_are_counted(monkey
     found = ranking.threshold_violations(logps, ref_logps, 0.1)
     assert 0 < found < 500
     margins, ref_margins = logps[:, 0] - logps[:, 1], ref_logps[:, 0] - ref_logps[:, 1]
-    assert found == np.sum((margins >= 0) != (margins >= 2 * ref_margins))
+    contradict = (margins >= 0) != (margins >= 2 * ref_margins)
+    assert found == np.sum(contradict)
+    within = np.median(np.abs(margins)[contradict][:-1])  # an even number has no pair of its own in the middle
+    assert within in np.abs(margins)
+    apart = ranking.threshold_violations(logps, ref_logps, 0.1, within=within)
+    assert 0 < apart == np.sum(contradict & (np.abs(margins) > within))
     assert ranking.threshold_violations(logps, ref_logps, 0.1, within=1e6) == 0
 
 

@@ -353,7 +353,10 @@ def test_models_that_cannot_be_are_refused(settings, message):
     ("settings", "message"),
     [
         ({"kind": "yarn"}, "rope_scaling: kind must be one of linear, llama3, got 'yarn'"),
-        ({"factor": 0.5}, "rope_scaling: factor must be >= 1, got 0.5"),
+        ({"factor": 0.5}, "rope_scaling: factor must be >= 1 and finite, got 0.5"),
+        ({"factor": float("inf")}, "rope_scaling: factor must be >= 1 and finite, got inf"),
+        ({"low_freq_factor": 0.0}, "0 < low_freq_factor < high_freq_factor must hold, got 0.0 and 4.0"),
+        ({"high_freq_factor": float("inf")}, "0 < low_freq_factor < high_freq_factor must hold, got 1.0 and inf"),
         ({"low_freq_factor": 4.0}, "0 < low_freq_factor < high_freq_factor must hold, got 4.0 and 4.0"),
         ({"original_positions": 0}, "rope_scaling: original_positions must be >= 1, got 0"),
     ],
@@ -362,6 +365,11 @@ def test_models_that_cannot_be_are_refused(settings, message):
 def test_scalings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Scaling(**{"kind": "llama3", "factor": 8.0} | settings)
+
+
+def test_the_least_scalings_that_can_be():
+    assert Scaling(kind="linear", factor=1.0).apply(np.ones(3)).tolist() == [1.0] * 3
+    assert Scaling(kind="llama3", factor=1.0, original_positions=1).original_positions == 1
 
 
 @pytest.mark.parametrize(
