@@ -7,6 +7,7 @@ gradient transposes its left operand into a real array first.
 """
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ WIDEST_STREAMED = 1024  # of which 16 rows stay near the processor
 
 
 def to_streams(transposed: Array, axis: int = 0) -> Array:
-    """[*layers, *out, D] -> [*layers, S, *out, D/S], S at `axis`: float32 as `few_rows` reads it fastest on a CPU.
+    """float32 [*layers, *out, D] -> [*layers, S, *out, D/S], S at `axis`: as `few_rows` reads it fastest on a CPU.
 
     Kernels wider than `WIDEST_STREAMED` stay as they are.
 
@@ -112,6 +113,13 @@ def has_wide_registers() -> bool:
     return any(
         name.startswith(("AVX512", "X86_V4")) for name in np.show_config(mode="dicts")["SIMD Extensions"]["found"]
     )
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in hardware (AMX), as Linux tells."""
+    path = pathlib.Path("/proc/cpuinfo")
+    return path.exists() and "amx_bf16" in path.read_text()
 
 
 def _from_streams(rows: Array, streams: Array) -> Array:

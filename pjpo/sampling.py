@@ -22,7 +22,15 @@ from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, transpose_kernels
 from pjpo.models.embedding import check_ids
 from pjpo.packing import prompt_keys
-from pjpo.products import MOST_STREAMED, REORDERED, WIDEST_STREAMED, few_rows, has_wide_registers, to_streams
+from pjpo.products import (
+    MOST_STREAMED,
+    REORDERED,
+    WIDEST_STREAMED,
+    few_rows,
+    has_matrix_unit,
+    has_wide_registers,
+    to_streams,
+)
 from pjpo.types import Batch, as_field
 
 
@@ -111,10 +119,12 @@ def generate(policy, params: dict, prompts: Any, key: Any, sampling: Sampling) -
 def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
     """The jitted function that decodes these: `streamed` where kernels can be read in pieces, else `transposed`.
 
-    Pieces (see `pjpo.products.to_streams`) are for few rows in float32 on one CPU, in a program with its own options.
+    Pieces (see `pjpo.products.to_streams`) are for few rows in float32 on one CPU, in a program with its own options;
+    of bfloat16 weights too, where no matrix unit would read these faster as they are.
     """
     leaves = jax.tree.leaves((params, prompts, keys, jnp.zeros(())))  # the last is traced where everything is
-    if config.decoding_dtype != "float32" or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    in_float32 = config.dtype == "float32" and (config.param_dtype == "float32" or not has_matrix_unit())
+    if not in_float32 or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return transposed
     devices = set().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
     on_one_cpu = [device.platform for device in devices] == ["cpu"]
@@ -161,7 +171,8 @@ def _as_key(key: Any) -> Array:
 
 def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array, *, in_pieces: bool) -> Completions:
     num_prompts, width = prompts.tokens.shape
-    decoder, table = Decoder(config), head_table(config, params).astype(config.decoding_dtype)
+    decoder = Decoder(config)
+    table = head_table(config, params).astype("float32" if in_pieces else config.decoding_dtype)
     positions = (prompts.mask.cumsum(1) - 1).clip(0)
     _, caches = decoder.apply(params, prompts.tokens, positions, Partial(attention.prefill, prompts.mask), None)
     visible = prompt_keys(prompts.mask)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from pjpo import sampling, sharding
 from pjpo.models import load, lora
-from pjpo.products import has_wide_registers
+from pjpo.products import has_matrix_unit, has_wide_registers
 from pjpo.sampling import Prompts, Sampling, choose, sequence_keys
 from pjpo.types import Batch
 from tests import tiny
@@ -74,8 +74,11 @@ def test_logps_of_a_pretrained_model_equal_teacher_forcing():
 
 
 @pytest.mark.skipif(not has_wide_registers(), reason="the processor has no registers of 512 bits")
-@pytest.mark.parametrize("settings", [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}])
-def test_few_rows_are_decoded_from_kernels_in_pieces(settings):
+@pytest.mark.parametrize(
+    "settings", [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}, {"param_dtype": "bfloat16"}]
+)
+def test_few_rows_are_decoded_from_kernels_in_pieces(settings, monkeypatch):
+    monkeypatch.setattr(sampling, "has_matrix_unit", lambda: False)
     policy, prompts = tiny.make_policy(model_dim=64, mlp_dim=96, **settings), make_prompts()
     params, keys = tiny.make_params(policy), sequence_keys(jax.random.key(0), 4, 3)
     assert sampling.program(policy.config, params, prompts, keys) is sampling.streamed
@@ -101,7 +104,7 @@ def test_kernels_come_in_pieces_for_few_rows_in_float32_on_one_cpu_alone():
     assert is_streamed(8) == has_wide_registers()
     assert not is_streamed(9)  # 36 rows
     assert not is_streamed(1, dtype="bfloat16")
-    assert not is_streamed(1, param_dtype="bfloat16")
+    assert is_streamed(1, param_dtype="bfloat16") == (has_wide_registers() and not has_matrix_unit())
     assert not is_streamed(1, model_dim=2048)
     assert not is_streamed(1, sharding.place(params, sharding.make_mesh()))
 

@@ -274,14 +274,16 @@ def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
 def transpose_kernels(config: Config, params: dict, in_pieces: bool = False) -> dict:
     """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in `decoding_dtype`.
 
-    `in_pieces`: see `pjpo.products.to_streams`.
+    `in_pieces`: in float32, as `pjpo.products.to_streams` has it.
     """
+
+    dtype = "float32" if in_pieces else config.decoding_dtype
 
     def transpose(path: tuple, kernel: Array) -> Array:
         first = 1 if config.scan_layers else 0
         num_in = first + (3 if path[-2].key == "out" else 1)
         layers, inputs, out = kernel.shape[:first], math.prod(kernel.shape[first:num_in]), kernel.shape[num_in:]
-        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1).astype(config.decoding_dtype)
+        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1).astype(dtype)
         return jax.lax.optimization_barrier(to_streams(matrix, first) if in_pieces else matrix)
 
     names = {name: tree for name, tree in params["params"].items() if name.startswith("layers")}
