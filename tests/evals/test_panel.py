@@ -3,6 +3,7 @@
 import types
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -277,3 +278,18 @@ def test_pairs_of_tokens_are_summed_one_by_one():
     context.method = types.SimpleNamespace()  # of no beta: log-ratios themselves
     metrics, _ = panel.build(context, pairs, 2)({"nats": 2.0}, {"nats": 1.0})
     assert metrics["implicit/margins"] == pytest.approx((0 + 2 - 4) / 3)
+
+
+def test_of_a_labelled_row_only_its_own_completion_is_looked_at():
+    """Beside it KTO has a completion of another prompt."""
+    tokens, mask = np.ones((2, 2, 3), np.int32), np.array([[[1, 1, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 0]]], bool)
+    labels = np.array([[True, True], [False, True]])
+    given = {"prompt_tokens": np.ones((2, 1), np.int32), "labels": labels}
+    both = jax.tree.map(jnp.asarray, Batch.of(completion_tokens=tokens, completion_mask=mask, **given))
+    logps, ref_logps = np.random.default_rng(0).normal(-2, 1, (2, 2, 2, 3)).astype(np.float32)
+    found = panel.rows_of("labelled", both, jnp.asarray(logps), jnp.asarray(ref_logps))
+    ratios = np.where(mask, logps - ref_logps, 0)[:, 0]
+    np.testing.assert_allclose(found["logps"], np.where(mask, logps, 0)[:, 0].sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(found["largest_shares"], np.abs(ratios).max(-1) / np.abs(ratios).sum(-1), rtol=1e-6)
+    assert found["lengths"].tolist() == [2, 3]
+    assert found["labels"].tolist() == [True, False]

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -18,6 +19,7 @@ from pjpo.models.policy import Policy
 from pjpo.rewards import vader
 from pjpo.types import Batch
 
+DEFAULTS = {"num_completions": 4, "max_completion_tokens": 32, "batch_size": 32, "pairs_batch_size": 8}
 POLICY = Policy(
     Config(
         vocab_size=4,
@@ -132,6 +134,8 @@ def test_best_of_n_equals_all_subsets_by_hand():
     assert metrics["best_of/1/kl"] == 0
     np.testing.assert_allclose(metrics["best_of/4/kl"], math.log(4) - 3 / 4)
     assert "best_of/8/kl" not in metrics
+    unless_told = sentiment.best_of({"reward_vader": rng.normal(size=(3, 9))})
+    assert [name for name in unless_told if name.endswith("kl")] == [f"best_of/{n}/kl" for n in (1, 2, 4)]
 
 
 def test_distinct_by_hand():
@@ -148,10 +152,16 @@ def test_standard_error_is_over_openings():
     assert math.isnan(sentiment.mean_and_stderr(np.array([[1.0, 2.0]]))[1])
 
 
-@pytest.mark.parametrize("name", ["num_completions", "max_completion_tokens", "batch_size"])
+@pytest.mark.parametrize("name", DEFAULTS)
 def test_bad_settings_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"sentiment: {name} must be >= 1, got 0"):
         sentiment.Config(**{name: 0})
+    assert getattr(sentiment.Config(**{name: 1}), name) == 1
+
+
+def test_what_is_sampled_unless_told():
+    assert dataclasses.asdict(sentiment.Config()) == DEFAULTS
+    assert sentiment.Evaluation.reads_reference  # its KL asks for the start's weights
 
 
 def test_data_without_openings_is_refused():
