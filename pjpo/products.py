@@ -124,13 +124,13 @@ def has_matrix_unit() -> bool:
 
 def _from_streams(rows: Array, streams: Array) -> Array:
     """rows [R, D] times streams [S, O, D/S] -> [R, O]."""
-    parts = rows.reshape(len(rows), len(streams), -1)
+    parts = rows.astype(streams.dtype).reshape(len(rows), len(streams), -1)
     if len(rows) == 1:
         return sum(dot(part, piece, (1,), (1,)) for part, piece in zip(parts.swapaxes(0, 1), streams, strict=True))
     out = []
     for group in np.array_split(np.arange(len(rows)), -(-len(rows) // REGISTER)):
         products = [sum(piece * part[None] for piece, part in zip(streams, parts[i], strict=True)) for i in group]
-        nought = [jnp.zeros((), rows.dtype)] * len(group)
+        nought = [jnp.zeros((), streams.dtype)] * len(group)
         out += lax.reduce(products, nought, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,))
     return jnp.stack(lax.optimization_barrier(out))
 

@@ -120,11 +120,12 @@ def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
     """The jitted function that decodes these: `streamed` where kernels can be read in pieces, else `transposed`.
 
     Pieces (see `pjpo.products.to_streams`) are for few rows in float32 on one CPU, in a program with its own options;
-    of bfloat16 weights too, where no matrix unit would read these faster as they are.
+    and for bfloat16, where the processor has no matrix unit for it.
     """
     leaves = jax.tree.leaves((params, prompts, keys, jnp.zeros(())))  # the last is traced where everything is
-    in_float32 = config.dtype == "float32" and (config.param_dtype == "float32" or not has_matrix_unit())
-    if not in_float32 or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    dtypes = {config.dtype, config.param_dtype}
+    suits = dtypes == {"float32"} or ("float64" not in dtypes and not has_matrix_unit())
+    if not suits or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return transposed
     devices = set().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
     on_one_cpu = [device.platform for device in devices] == ["cpu"]

@@ -73,10 +73,11 @@ def test_logps_of_a_pretrained_model_equal_teacher_forcing():
     )
 
 
+PIECES = [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}, {"param_dtype": "bfloat16"}]
+
+
 @pytest.mark.skipif(not has_wide_registers(), reason="the processor has no registers of 512 bits")
-@pytest.mark.parametrize(
-    "settings", [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}, {"param_dtype": "bfloat16"}]
-)
+@pytest.mark.parametrize("settings", [*PIECES, {"dtype": "bfloat16"}])
 def test_few_rows_are_decoded_from_kernels_in_pieces(settings, monkeypatch):
     monkeypatch.setattr(sampling, "has_matrix_unit", lambda: False)
     policy, prompts = tiny.make_policy(model_dim=64, mlp_dim=96, **settings), make_prompts()
@@ -84,12 +85,12 @@ def test_few_rows_are_decoded_from_kernels_in_pieces(settings, monkeypatch):
     assert sampling.program(policy.config, params, prompts, keys) is sampling.streamed
     shrinking = dataclasses.replace(SETTINGS, stop_tokens=(3, 8, 30), halvings=3)
     found = policy.generate(params, prompts, keys, shrinking)
-    expected = sampling.transposed(policy.config, shrinking, params, prompts, keys)
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.logps, expected.logps, rtol=0, atol=LOGPS_BOUND)
+    expected = jax.jit(lambda params: policy.generate(params, prompts, keys, shrinking))(params)  # not in pieces
+    same = (found.tokens == expected.tokens).all(-1)
+    assert same.mean() >= (0.5 if "dtype" in settings else 1)  # in bfloat16 another sum may choose another token
+    bound = 0.1 if "dtype" in settings else LOGPS_BOUND  # eight bits of a logit of twenty
+    np.testing.assert_allclose(found.logps[same], expected.logps[same], rtol=0, atol=bound)
     assert 0 < found.mask.mean() < 1
-    inside = jax.jit(lambda params: policy.generate(params, prompts, keys, shrinking))(params)
-    np.testing.assert_array_equal(inside.tokens, found.tokens)
 
 
 def test_kernels_come_in_pieces_for_few_rows_in_float32_on_one_cpu_alone():
@@ -103,8 +104,9 @@ def test_kernels_come_in_pieces_for_few_rows_in_float32_on_one_cpu_alone():
 
     assert is_streamed(8) == has_wide_registers()
     assert not is_streamed(9)  # 36 rows
-    assert not is_streamed(1, dtype="bfloat16")
-    assert is_streamed(1, param_dtype="bfloat16") == (has_wide_registers() and not has_matrix_unit())
+    assert not is_streamed(1, dtype="float64", param_dtype="float64")
+    for name in ("dtype", "param_dtype"):
+        assert is_streamed(1, **{name: "bfloat16"}) == (has_wide_registers() and not has_matrix_unit())
     assert not is_streamed(1, model_dim=2048)
     assert not is_streamed(1, sharding.place(params, sharding.make_mesh()))
 
