@@ -68,7 +68,7 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
         else:
             left = transposed.reshape(-1, x.shape[-1])
             in_parts = (rows.dtype, left.dtype) == (jnp.float32, jnp.bfloat16)
-            right = _bfloat16_parts(rows).reshape(-1, x.shape[-1]) if in_parts else rows
+            right = _bfloat16_parts(rows).reshape(-1, x.shape[-1]) if in_parts else rows.astype(left.dtype)
             out = lax.optimization_barrier(dot(left, right, (1,), (1,)))
             out = out.reshape(len(left), -1, len(rows)).sum(1).T
         return out.reshape(*x.shape[:-1], *kernel.shape[1:])

@@ -120,7 +120,7 @@ def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
     """The jitted function that decodes these: `streamed` where kernels can be read in pieces, else `transposed`.
 
     Pieces (see `pjpo.products.to_streams`) are for few rows in float32 on one CPU, in a program with its own options;
-    and for bfloat16, where the processor has no matrix unit for it.
+    and for bfloat16, where the processor has no matrix unit for it: in twice the memory.
     """
     leaves = jax.tree.leaves((params, prompts, keys, jnp.zeros(())))  # the last is traced where everything is
     dtypes = {config.dtype, config.param_dtype}

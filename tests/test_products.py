@@ -61,6 +61,9 @@ def test_few_rows_and_a_kernel_in_pieces(width, pieces, num_rows):
     assert np.isnan(found[0]).all()
     size = np.tensordot(np.abs(wide(x)), np.abs(wide(kernel)), 1)
     np.testing.assert_array_less(np.abs(wide(found) - np.tensordot(wide(x), wide(kernel), 1))[1:], 3e-7 * size[1:])
+    coarse = jax.jit(few_rows, compiler_options=REORDERED)(x.astype("bfloat16"), kernel, streams)
+    expected = jax.jit(few_rows)(x.astype("bfloat16").astype("float32"), kernel, transposed)
+    np.testing.assert_allclose(coarse, expected, rtol=0, atol=3e-7 * size.max())
     stacked = to_streams(jnp.stack([transposed, 2 * transposed]), axis=1)
     np.testing.assert_array_equal(stacked[1], 2 * streams)
 

@@ -1,5 +1,6 @@
 """The packaged models against numbers that other programs computed, and how `load` answers to what it cannot do."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pjpo import sharding
-from pjpo.models import load, lora
+from pjpo.models import Policy, load, lora
 from pjpo.models.decoder import stack_layers
 from pjpo.models.load import PACKAGED
 from pjpo.sampling import Prompts, Sampling
@@ -69,6 +70,10 @@ def test_policy_decodes_greedily_to_the_reference(model):
     (policy, params, _), reference = model
     rows = reference["generations"]
     settings = Sampling(num_completions=1, max_completion_tokens=32, temperature=0.0)
+    policy, params = (
+        Policy(dataclasses.replace(policy.config, scan_layers=True)),
+        stack_layers(params),
+    )  # compiles sooner
     completions = policy.generate(params, padded_prompts(rows), jax.random.key(0), settings)
     np.testing.assert_array_equal(completions.tokens[:, 0], [row["completion_ids"] for row in rows])
 
