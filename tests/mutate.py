@@ -1,6 +1,6 @@
 """Are the tests able to fail? Breaks the numerical core in one place at a time, and runs the tests of that file.
 
-    python -m tests.mutate                            # every file in TESTS; half an hour on one core
+    python -m tests.mutate                            # every file in TESTS; two or three hours on one core
     python -m tests.mutate pjpo/logps.py --from 40    # one file, from that line on
     python -m tests.mutate pjpo/logps.py --list       # says what would be broken
 

@@ -1,8 +1,10 @@
 """CPO against golden values, with the likelihood as a mean over tokens and as a sum over sequences."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from pjpo.methods import cpo
+from pjpo.types import Batch
 from tests.methods import golden
 from tests.methods.contract import Contract
 
@@ -56,3 +58,13 @@ def test_without_the_likelihood_only_the_margin_counts():
         each=[0.62095705, 0.94324895, 0.62095705],
         gradient=golden.opposite([-0.01541901, -0.02035464, -0.01541901]),
     )
+
+
+def test_one_pair_of_one_token_is_its_own_mean():
+    logps = jnp.array([[[-2.0, 0.0], [-1.0, -4.0]]])
+    mask = np.array([[[True, False], [True, True]]])
+    batch = Batch.of(
+        prompt_tokens=[[1]], completion_tokens=np.ones((1, 2, 2), np.int32), completion_mask=mask, loss_mask=mask
+    )
+    found = cpo.loss(cpo.Config(beta=0.1), batch, logps, None)[0].value()
+    np.testing.assert_allclose(found, np.log1p(np.exp(-0.1 * (-2 + 5))) + 2.0, rtol=1e-6)
