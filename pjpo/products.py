@@ -126,7 +126,8 @@ def _from_streams(rows: Array, streams: Array) -> Array:
     """rows [R, D] times streams [S, O, D/S] -> [R, O]."""
     parts = rows.astype(streams.dtype).reshape(len(rows), len(streams), -1)
     if len(rows) == 1:
-        return sum(dot(part, piece, (1,), (1,)) for part, piece in zip(parts.swapaxes(0, 1), streams, strict=True))
+        of_pieces = [dot(part, piece, (1,), (1,)) for part, piece in zip(parts.swapaxes(0, 1), streams, strict=True)]
+        return jnp.stack(of_pieces).sum(0)
     out = []
     for group in np.array_split(np.arange(len(rows)), -(-len(rows) // REGISTER)):
         products = [sum(piece * part[None] for piece, part in zip(streams, parts[i], strict=True)) for i in group]
