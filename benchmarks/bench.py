@@ -350,7 +350,9 @@ def generate(bench: Bench) -> dict:
 
         given = weights, *inputs(prompts[0])
         plain = name in ("transposed", "plain_products")
-        decode = refill if name in refills else sampling.transposed if plain else sampling.program(config, *given)
+        decode = (
+            refill if name in refills else sampling.transposed if plain else sampling.program(policy.config, *given)
+        )
         program, facts = bench.compile(name, decode, policy.config, own, *given)
         run = lambda i, p=program, w=weights, inputs=inputs: p(w, *inputs(prompts[i]))  # noqa: E731
         runs[name] = run, facts
