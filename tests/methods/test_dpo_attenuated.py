@@ -47,6 +47,12 @@ def test_a_missing_reference_is_refused_as_by_every_method_unless_none_of_it_cou
     np.testing.assert_allclose(found.value(), np.log1p(np.exp(-0.1 * 9)), rtol=1e-6)
 
 
+def test_the_config_says_whether_it_needs_a_reference_and_whether_its_rewards_are_implicit_ones():
+    said = {gamma: dpo_attenuated.Config(beta=0.3, gamma=gamma) for gamma in (0.0, 0.25, 1.0, 2.0)}
+    assert [config.needs_reference for config in said.values()] == [False, True, True, True]
+    assert [config.reward_scale for config in said.values()] == [None, None, 0.3, None]
+
+
 @golden.in_both_dtypes
 def test_it_needs_no_reference_at_0(dtype, bound):
     golden.check(

@@ -91,6 +91,15 @@ def test_what_a_batch_lacks_is_counted_as_nothing():
     }
 
 
+@pytest.mark.parametrize(("mismatched", "count"), [((True, True), 1), ((True, False), 1), ((False, False), 0)])
+def test_the_reference_point_is_logged_where_any_row_has_a_completion_of_another_prompt(mismatched, count):
+    mask = np.ones((2, 2, 1), bool)
+    mask[:, 1, 0] = mismatched
+    batch = Batch.of(completion_tokens=mask.astype(np.int32), completion_mask=mask, labels=np.ones((2, 2), bool))
+    _, metrics = kto.loss(kto.Config(), batch, jnp.zeros(mask.shape), jnp.zeros(mask.shape))
+    assert metrics["kl"].count == count
+
+
 @pytest.mark.parametrize(
     ("labels", "weight", "said"),
     [

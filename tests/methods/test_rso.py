@@ -53,6 +53,14 @@ def test_golden_values_hinge_norm(dtype, bound):
     )
 
 
+def test_hinge_alone_needs_no_reference():
+    assert {form: rso.Config(form=form).needs_reference for form in rso.FORMS} == {
+        "sigmoid_norm": True,
+        "hinge": False,
+        "hinge_norm": True,
+    }
+
+
 @golden.in_both_dtypes
 def test_golden_values_at_extremes(dtype, bound):
     golden.check(

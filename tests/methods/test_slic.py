@@ -36,3 +36,9 @@ def test_without_weight_no_target_is_needed():
 def test_a_missing_target_is_refused():
     with pytest.raises(ValueError, match=r"nll_weight 0.5 needs 3 completions .* got 2; add the target, or set"):
         golden.Case(slic, slic.Config(), reference=None, dtype="float32")
+
+
+def test_a_fourth_completion_is_refused():
+    policy, lengths = (np.concatenate([x, x[:, :1]], axis=1) for x in (WITH_TARGET, LENGTHS))
+    with pytest.raises(ValueError, match=r"nll_weight 0.5 needs 3 completions .* got 4"):
+        golden.Case(slic, slic.Config(), policy=policy, lengths=lengths, reference=None, dtype="float32")
