@@ -30,9 +30,10 @@ EXPERIMENT = dataclasses.replace(
         ranking=bench.Training(num_steps=120, batch_size=16, optimizer=RANKING),
     ),
     dpo=bench.Training(num_steps=32, optimizer=optim.Config(learning_rate=5e-4, warmup_steps=4, schedule="linear")),
+    minibatches=4,
     training=bench.Training(
-        num_steps=32,
-        batch_size=32,
+        num_steps=64,
+        batch_size=16,
         optimizer=optim.Config(learning_rate=5e-4, critic_learning_rate=5e-4, warmup_steps=4),
     ),
 )

@@ -4,9 +4,9 @@
 
 VADER ranks what an SFT model samples. DPO learns from the pairs, PPO from a reward model of the same pairs, as Ivison
 et al. 2024 have it: -10 for a sentence that does not end, the pull to the SFT model in the rewards, a critic with
-weights of its own that begins as the reward model, and no ratio is ever clipped, as each rollout is one update. The
-best of nine policies by VADER, three strengths by three looks, is what a method is worth: on other openings, by a
-classifier that taught nobody. Expect 90 minutes on a CPU core; nobody has run it whole yet.
+weights of its own that begins as the reward model; but old log-probs are those of the rollout, so ratios are clipped,
+as the paper says and its code does not. The best of nine policies by VADER, three strengths by three looks, is what a
+method is worth: on other openings, by a classifier that taught nobody. Expect 90 minutes on a CPU core; nobody has run it whole yet.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ EXPERIMENT = dpo_and_ppo.Study(
         ranking=bench.Training(num_steps=56, batch_size=8, optimizer=RANKING),
     ),
     dpo=bench.Training(num_steps=24, batch_size=8, optimizer=STEPS),
-    training=bench.Training(num_steps=15, batch_size=16, optimizer=PPO),
+    training=bench.Training(num_steps=16, batch_size=16, optimizer=PPO),
+    minibatches=2,
     smoke={
         "start": stages.Config(
             model=Model(source="glassllm-en", scalar_head=True),
@@ -50,7 +51,7 @@ EXPERIMENT = dpo_and_ppo.Study(
         "betas": ((0.1, 0.05),),
         "num_looks": 2,
         "dpo": bench.Training(num_steps=2, batch_size=4),
-        "training": bench.Training(num_steps=2, batch_size=8),
+        "training": bench.Training(num_steps=2, batch_size=4),
     },
 )
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import ClassVar
 import jax
 
 from experiments.study import bench, stages, study
+from pjpo import checks
 from pjpo.methods import dpo, ppo
 
 CHOICE = "VADER, to choose by"
@@ -21,7 +22,8 @@ DRIFT = "kl, to choose by"
 class Study(study.Study):
     paper: ClassVar = "Unpacking DPO and PPO, Ivison et al. 2024"
     start: stages.Config  # half of its held-out openings are to choose by
-    dpo: bench.Training  # `training` is PPO's, and its batch a rollout
+    dpo: bench.Training  # `training` is PPO's
+    minibatches: int = 1  # PPO's updates of one rollout, each on `batch_size` sentences of it
     betas: tuple[tuple[float, float], ...] = ((0.03, 0.0125), (0.1, 0.05), (0.3, 0.2))  # of DPO and PPO, weak to strong
     num_looks: int = 3  # at each run, the last one at its end; so both have as many policies to choose from
     method: ppo.Config = dataclasses.field(default_factory=lambda: ppo.Config(missing_end_score=-10.0))
@@ -30,6 +32,7 @@ class Study(study.Study):
 
     def __post_init__(self):
         super().__post_init__()
+        checks.at_least(self, 1, "minibatches")
         for name, training in (("dpo", self.dpo), ("training", self.training)):
             if training.num_steps < self.num_looks or training.looks:
                 raise ValueError(
@@ -60,7 +63,7 @@ class Study(study.Study):
 
     def policies(self, name: str, start: stages.Stages, seed: int) -> Iterator[tuple[str, dict]]:
         """(row, parameters) of every strength at every look; the next one uses the parameters up."""
-        config = start.rewarded(prompts_per_rollout=self.training.batch_size, num_completions=1, normalised=False)
+        config = start.rewarded(prompts_per_rollout=self.rollout, num_completions=1, normalised=False)
         prompts = start.prompts(self.num_openings)
         for betas in self.betas:
             of_dpo, of_ppo = dpo.Config(beta=betas[0]), dataclasses.replace(self.method, beta=betas[1])
@@ -84,6 +87,11 @@ class Study(study.Study):
         return [f"{name}, beta {beta:g}, {count} updates" for count in self.looks(name)]
 
     @property
+    def rollout(self) -> int:
+        """Sentences."""
+        return self.minibatches * self.training.batch_size
+
+    @property
     def near(self) -> str:
         return f"tuned within {self.budget:g} nats"
 
@@ -93,8 +101,8 @@ class Study(study.Study):
             f"{self.start.model.source} ends sentences that begin film reviews, in up to "
             f"{self.start.max_completion_tokens} tokens; SFT; all pairs of {self.start.num_ranked} samples ranked by "
             f"VADER teach DPO and a reward model, the same for all seeds; DPO makes {self.dpo.num_steps} updates of "
-            f"{self.dpo.batch_size} pairs, PPO {self.training.num_steps} rollouts of {self.training.batch_size} "
-            f"sentences, of which one that does not end scores {self.method.missing_end_score}. Tuned is the best of "
+            f"{self.dpo.batch_size} pairs, PPO {self.training.num_steps} of {self.training.batch_size} sentences, from "
+            f"rollouts of {self.rollout}, of which one that does not end scores {self.method.missing_end_score}. Tuned is the best of "
             f"{len(self.betas) * self.num_looks} policies of a method, {len(self.betas)} strengths by {self.num_looks} "
             "looks, by VADER on openings kept for that; numbers are of other openings, the judge a classifier of "
             "reviews that taught nobody, seeds those of updates and rollouts."

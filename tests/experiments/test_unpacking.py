@@ -103,7 +103,8 @@ def test_both_begin_as_the_sft_model_and_learn_from_the_same_pairs(start, monkey
         if "critic" in named:
             assert named["critic"] is start.reward_model
             assert named["ref_params"] is start.sft
-            assert given[2].prompts_per_rollout == given[4].batch_size == EXPERIMENT.training.batch_size
+            assert given[4] is EXPERIMENT.training
+            assert given[2].prompts_per_rollout == EXPERIMENT.minibatches * given[4].batch_size == 32
         else:
             assert given[2] is start.pairs
 
@@ -111,7 +112,7 @@ def test_both_begin_as_the_sft_model_and_learn_from_the_same_pairs(start, monkey
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"dpo must have at least num_looks 3 steps, and no looks of its own, got 2 "):
         registry.override(EXPERIMENT, {"dpo.num_steps": 2})
-    with pytest.raises(ValueError, match=r"training must have .* no looks of its own, got 15 and \(5,\)"):
+    with pytest.raises(ValueError, match=r"training must have .* no looks of its own, got 16 and \(5,\)"):
         registry.override(EXPERIMENT, {"training.looks": (5,)})
     with pytest.raises(ValueError, match=r"start.num_held_out must be even, to be halved, got 7"):
         registry.override(EXPERIMENT, {"start.num_held_out": 7})
