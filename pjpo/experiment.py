@@ -30,7 +30,7 @@ from pjpo import (
 )
 from pjpo.data import saved as saved_data
 from pjpo.data.batches import Batches
-from pjpo.data.buckets import Buckets, collate
+from pjpo.data.buckets import Buckets, check_room, collate
 from pjpo.data.examples import Data
 from pjpo.evals import token_rewards
 from pjpo.evals.result import side_by_side
@@ -296,6 +296,7 @@ def _build(experiment: Experiment, mesh, resumed: Path | None, root: Path, say) 
     if experiment.rollouts:
         batches = _rollouts(experiment, experiment.rollouts, context, data)
     else:
+        check_room(itertools.chain(data.train, data.held_out), policy.config.max_positions)
         batches = _batches(experiment, context, data, reference_model)
         first = collate(data.train[: experiment.batch_size], context.buckets)
         prepared = batches.prepare(jax.tree.map(lambda x: x[sharding.own_rows(mesh, len(x))], first))

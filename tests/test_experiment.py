@@ -27,6 +27,7 @@ from pjpo.evals.result import Result
 from pjpo.methods import dpo_attenuated, kto, rso, simpo
 from tests import tiny_run
 from tests.experiments.test_registry import EXPERIMENTS, STUDIES
+from tests.models import tiny_llama
 from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -353,6 +354,10 @@ def test_what_cannot_work_leaves_no_folder(tmp_path, model, monkeypatch):
     refused(
         tmp_path, source | {"data": preference.Config(path=str(tmp_path / "bad.jsonl"))}, "bad.jsonl:1: columns found"
     )
+    (tmp_path / "short").mkdir()
+    config = tiny_llama.CONFIG | {"num_hidden_layers": 1, "max_position_embeddings": 14}
+    short = tiny_llama.write_folder(tmp_path / "short", config)
+    refused(tmp_path, {"model.source": str(short)}, r"made up:\d+ has 8 .* 8 of completion, together more .* 14 positi")
     refused(tmp_path, source | {"evaluation.batch_size": 12}, "evaluation.batch_size 12 is not divisible by 8 .*16")
     refused(tmp_path, source | {"batch_size": 48}, "batch_size 48 is larger than the 32 examples; use 32 or less")
     wrong = {"loss": kto.loss, "method": kto.Config()}

@@ -102,10 +102,10 @@ class Study(study.Study):
             f"{self.start.max_completion_tokens} tokens; SFT; all pairs of {self.start.num_ranked} samples ranked by "
             f"VADER teach DPO and a reward model, the same for all seeds; DPO makes {self.dpo.num_steps} updates of "
             f"{self.dpo.batch_size} pairs, PPO {self.training.num_steps} of {self.training.batch_size} sentences, from "
-            f"rollouts of {self.rollout}, of which one that does not end scores {self.method.missing_end_score}. Tuned is the best of "
-            f"{len(self.betas) * self.num_looks} policies of a method, {len(self.betas)} strengths by {self.num_looks} "
-            "looks, by VADER on openings kept for that; numbers are of other openings, the judge a classifier of "
-            "reviews that taught nobody, seeds those of updates and rollouts."
+            f"rollouts of {self.rollout}, of which one that does not end scores {self.method.missing_end_score}. Tuned "
+            f"is the best of {len(self.betas) * self.num_looks} policies of a method, {len(self.betas)} strengths by "
+            f"{self.num_looks} looks, by VADER on openings kept for that; numbers are of other openings, the judge a "
+            "classifier of reviews that taught nobody, seeds those of updates and rollouts."
         )
 
     def claims(self) -> study.Claims:

@@ -7,14 +7,13 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from experiments.study import bench
 from pjpo import models, pairs
 from pjpo.data import preference
 from pjpo.data.batches import in_order
-from pjpo.data.buckets import collate
+from pjpo.data.buckets import check_room
 from pjpo.data.examples import Example, Examples
 from pjpo.experiment import Model
 from pjpo.logps import sum_completion
@@ -67,8 +66,7 @@ class Start:
         rows, *shifted = (data.train for data in found)
         start = bench.Config(model=self.model).load()
         every = [example for rows in (rows, *shifted) for example in rows]
-        # What is too long for the model is refused here, before any training.
-        jax.eval_shape(start.policy.logps, start.params, collate(every[:1], bench.buckets_of(every)))
+        check_room(every, start.policy.config.max_positions)
         return Pairs(
             start.config, start.policy, start.params, start.tokenizer, rows, dict(zip(self.names, shifted, strict=True))
         )

@@ -42,13 +42,10 @@ class Stages(bench.Bench):
         return (scores - self.normalisation.mean) / self.normalisation.std
 
     def prompts(self, number: int) -> list[Example]:
-        """Openings for rollouts, other ones than those that were ranked, with the column that `learned` reads."""
+        """Openings for rollouts, other ones than those that were ranked."""
         assert isinstance(self.config, Config), "its own config made it"
         ranked = self.config.num_pair_openings
-        return [
-            dataclasses.replace(opening, columns={"prompt_ids": opening.prompt.tolist()})
-            for opening in self.openings("train", ranked + number)[ranked:]
-        ]
+        return self.openings("train", ranked + number)[ranked:]
 
     def rewarded(self, *, normalised: bool = True, **settings: Any) -> online.Config:
         """Rollouts, rewarded by the reward model on the very tokens that were sampled.

@@ -67,6 +67,29 @@ def lengths_of(example: Example) -> tuple[int, int]:
     return len(example.prompt), max(map(len, example.completions), default=0)
 
 
+def check_room(examples: Iterable[Example], max_positions: int) -> None:
+    """Before anything is compiled: every batch of these must fit the model, whichever rows meet in it.
+
+    Raises:
+        ValueError: a row that is too long by itself, or two rows whose widths are, together in a batch.
+    """
+    rows = [(example.id, *lengths_of(example)) for example in examples]
+    way_out = "set data.max_prompt_tokens and data.max_completion_tokens, which leave out and count what is longer"
+    name, prompt, completion = max(rows, key=lambda row: row[1] + row[2])
+    if prompt + completion > max_positions:
+        raise ValueError(
+            f"{name} has {prompt} tokens of prompt and {completion} of completion, together more than the model's "
+            f"{max_positions} positions; {way_out}"
+        )
+    first, prompt, _ = max(rows, key=lambda row: row[1])
+    second, _, completion = max(rows, key=lambda row: row[2])
+    if prompt + completion > max_positions:
+        raise ValueError(
+            f"a batch that holds the prompt of {first}, {prompt} tokens, and the completion of {second}, {completion}, "
+            f"is padded to more than the model's {max_positions} positions; {way_out}"
+        )
+
+
 def collate(examples: Sequence[Example], buckets: Buckets) -> Batch:
     """One batch, padded on the right to the buckets that hold its longest prompt and completion.
 

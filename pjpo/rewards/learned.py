@@ -78,12 +78,8 @@ class RewardModel:
                 "give every prompt the same number of completions"
             )
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        prompt_tokens, prompt_mask = _pad([self.tokenizer.encode(text) for text in prompts])
-        ids = [[*self.tokenizer.encode(text), *end] for row in completions for text in row]
-        tokens, mask = (rows.reshape(*np.shape(completions)[:2], -1) for rows in _pad(ids))
-        return Batch.of(
-            prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, completion_tokens=tokens, completion_mask=mask
-        )
+        encode = self.tokenizer.encode
+        return _padded(list(map(encode, prompts)), [[[*encode(text), *end] for text in row] for row in completions])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +126,11 @@ class Normalisation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The score of a completion after its prompt, normalised and then clipped."""
+    """The score of a completion after its prompt, normalised and then clipped.
+
+    It is of the very tokens that were sampled where the reward model has the policy's tokenizer. Another one is given
+    the texts: without a chat's marks, and with an end token after a completion that was cut off, too.
+    """
 
     source: str  # folder of the reward model
     normalise: bool  # by the mean and standard deviation that are kept in the folder
@@ -143,30 +143,42 @@ class Config:
         if not self.clip > 0:
             raise ValueError(f"learned: clip must be > 0, or inf for none, got {self.clip}")
 
-    def __call__(self, completions: list[str], *, prompts: list[str], **columns) -> list[float]:
+    def __call__(self, completions: list[str], **given) -> list[float]:
         """
         Raises:
             FileNotFoundError: no normalisation in the folder.
             ValueError: what `RewardModel.load` refuses.
         """
         model, normalisation = self.prepare()
-        parts = [model.scores(batch, model.tokenizer) for batch in self._batches(completions, prompts)]
+        parts = [model.scores(batch, model.tokenizer) for batch in self._batches(completions, **given)]
         scores = np.concatenate(parts)[: len(completions), 0].astype(np.float64)
         if normalisation:
             scores = (scores - normalisation.mean) / normalisation.std
         return np.clip(scores, -self.clip, self.clip).tolist()
 
-    def warm_up(self, completions: list[str], *, prompts: list[str], **columns) -> None:
+    def warm_up(self, completions: list[str], **given) -> None:
         """Compiles what a call with these texts needs."""
-        for batch in self._batches(completions, prompts):
+        for batch in self._batches(completions, **given):
             shapes = batch.prompt_tokens.shape, batch.completion_tokens.shape
             _compiled(self.source, self.normalise, self.param_dtype, *shapes)
 
-    def _batches(self, completions: list[str], prompts: list[str]) -> list[Batch]:
+    def _batches(
+        self,
+        completions: list[str],
+        *,
+        prompts: list[str],
+        prompt_ids: list[list[int]] | None = None,
+        completion_ids: list[list[int]] | None = None,
+        tokenizer: list[str] | None = None,
+        **columns,
+    ) -> list[Batch]:
         model, _ = self.prepare()
         places = np.arange(-(-len(completions) // self.batch_size) * self.batch_size).clip(max=len(completions) - 1)
+        make, starts, ends = model.encoded, prompts, completions
+        if prompt_ids and completion_ids and tokenizer and set(tokenizer) == {model.tokenizer.fingerprint}:
+            make, starts, ends = _padded, prompt_ids, completion_ids
         return [
-            model.encoded([prompts[i] for i in part], [[completions[i]] for i in part])
+            make([starts[i] for i in part], [[ends[i]] for i in part])
             for part in places.reshape(-1, self.batch_size)  # the last one filled up with copies: one shape
         ]
 
@@ -187,6 +199,16 @@ def _compiled(source: str, normalise: bool, param_dtype: str, prompts: tuple[int
     model, _ = _loaded(source, normalise, param_dtype)
     batch = Batch.of(prompt_tokens=np.zeros(prompts, np.int32), completion_tokens=np.zeros(shape, np.int32))
     model.scores(batch, model.tokenizer)
+
+
+def _padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> Batch:
+    """Token ids of B prompts, and of N completions of each."""
+    prompt_tokens, prompt_mask = _pad(prompts)
+    flat = _pad([ids for row in completions for ids in row])
+    tokens, mask = (rows.reshape(len(completions), -1, rows.shape[-1]) for rows in flat)
+    return Batch.of(
+        prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, completion_tokens=tokens, completion_mask=mask
+    )
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,10 +3,12 @@
     def reward(completions: list[str], *, prompts: list[str], **columns: list) -> list[float | None]
 
 is TRL's habit: one call for all completions of a rollout, everything by keyword. Each list has one entry a completion.
-A function gets what it names, or all there is if it has `**columns`: `prompts`, `completion_ids` (token ids, the end
-token included), and the columns of the data's rows. It may be called again with a part of the completions, to find out
-which one makes it fail. A frozen config with such a `__call__` is a reward with settings. Its `prepare()`, if there is
-one, is called before a run, and its `warm_up`, of the same arguments, before each call: that compiles on no clock.
+A function gets what it names, or all there is if it has `**columns`: `prompts`, the columns of the data's rows, and of
+samples `prompt_ids` and `completion_ids` (also those that texts do not show: a chat's marks, the end token) with
+`tokenizer`, the fingerprint of the one whose ids they are. It may be called again with a part of the completions, to
+find out which one makes it fail. A frozen config with such a `__call__` is a reward with settings. Its `prepare()`, if
+there is one, is called before a run, and its `warm_up`, of the same arguments, before each call: that compiles on no
+clock.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pjpo.data.examples import Example
 from pjpo.rewards.time_limit import limited
 from pjpo.types import Batch
 
-GIVEN = ("prompts", "completions", "completion_ids")  # keywords that are no columns
+GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids", "tokenizer")  # keywords that are no columns
 OnError = Literal["nan", "raise"]
 
 
@@ -142,13 +144,21 @@ class Rewards:
             examples: where the prompts came from, with their columns.
             tokenizer: whose ids they are.
         """
-        prompts, completions, ids = [], [], []
+        prompts, completions, sampled = [], [], []
         for example, rows, masks in zip(examples, batch.completion_tokens, batch.completion_mask, strict=True):
             prompts.append(tokenizer.decode(example.prompt))
-            ids.append([row[mask].tolist() for row, mask in zip(rows, masks, strict=True)])
-            completions.append([_rest(tokenizer, prompts[-1], example.prompt, tokens) for tokens in ids[-1]])
+            sampled.append([row[mask].tolist() for row, mask in zip(rows, masks, strict=True)])
+            completions.append([_rest(tokenizer, prompts[-1], example.prompt, tokens) for tokens in sampled[-1]])
         columns, places = zip(*((example.columns, example.id) for example in examples), strict=True)
-        return self.score(prompts, completions, columns=columns, ids=places, completion_ids=ids)
+        return self.score(
+            prompts,
+            completions,
+            columns=columns,
+            ids=places,
+            prompt_ids=[example.prompt.tolist() for example in examples],
+            completion_ids=sampled,
+            tokenizer=tokenizer.fingerprint,
+        )
 
     def score(
         self,
@@ -157,7 +167,9 @@ class Rewards:
         *,
         columns: Sequence[Mapping[str, Any]] | None = None,
         ids: Sequence[str] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         completion_ids: Sequence[Sequence[Sequence[int]]] | None = None,
+        tokenizer: str | None = None,
     ) -> Scores:
         """
         Args:
@@ -165,7 +177,9 @@ class Rewards:
             completions: N texts for each.
             columns: of each row; one that only other rows have is None there.
             ids: of each row, to name it by; numbers if left out.
+            prompt_ids: the prompts' tokens.
             completion_ids: the completions' tokens.
+            tokenizer: the fingerprint of the one whose ids these are.
 
         Raises:
             ValueError: rows that do not fit each other, or a column that a reward reads and no row has.
@@ -182,16 +196,21 @@ class Rewards:
                 "number of completions"
             )
         (num_completions,) = numbers
-        keywords = {
-            "prompts": [prompt for prompt in prompts for _ in range(num_completions)],
-            "completions": [text for row in completions for text in row],
-        }
+
+        def for_each(rows: Sequence) -> list:
+            return [row for row in rows for _ in range(num_completions)]
+
+        keywords = {"prompts": for_each(prompts), "completions": [text for row in completions for text in row]}
+        if prompt_ids is not None:
+            keywords["prompt_ids"] = for_each(prompt_ids)
         if completion_ids is not None:
             keywords["completion_ids"] = [list(tokens) for row in completion_ids for tokens in row]
+        if tokenizer is not None:
+            keywords["tokenizer"] = for_each([tokenizer] * num_prompts)
         known = dict.fromkeys(name for row in columns for name in row)
         self.check(known, given=keywords)
         for name in known:
-            keywords[name] = [row.get(name) for row in columns for _ in range(num_completions)]
+            keywords[name] = for_each([row.get(name) for row in columns])
 
         rewards, failures = {}, []
         for name, function in self.by_name.items():

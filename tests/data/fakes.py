@@ -11,7 +11,7 @@ from pjpo.data.examples import Example
 class ByteTokenizer:
     """UTF-8 bytes; `th` is one token; `<end>` is special, and ends turns of chats."""
 
-    merged, eos_id = 256, 257
+    merged, eos_id, fingerprint = 256, 257, "bytes"
 
     def __init__(self, *, eos_id=eos_id, template="<{role}>{content}<end>\n", opening="<assistant>", marks=True):
         self.eos_id, self.template, self.opening, self.marks = eos_id, template, opening, marks

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjpo.data.batches import Batches
-from pjpo.data.buckets import Buckets, collate, pad
+from pjpo.data.buckets import Buckets, check_room, collate, pad
 from tests.data.fakes import example
 
 
@@ -49,6 +49,15 @@ def test_what_fits_no_bucket_is_refused():
         collate([], Buckets((4,), (4,)))
     with pytest.raises(ValueError, match=r"at least one example and size, got 0"):
         Buckets.of([])
+
+
+def test_rows_that_cannot_fit_the_model_are_refused_by_name_alone_and_in_one_batch():
+    rows = [example(10, 1, 90, id="x:1"), example(95, 5, 2, id="x:2"), example(3, 3, id="x:3")]
+    check_room(rows, 185)
+    with pytest.raises(ValueError, match=r"x:1 has 10 .* and 90 of completion, .* the model's 99 positions; set"):
+        check_room(rows, 99)
+    with pytest.raises(ValueError, match=r"prompt of x:2, 95 tokens, and the completion of x:1, 90, .* 184 pos"):
+        check_room(rows, 184)
 
 
 LENGTHS = st.one_of(st.integers(1, 9), st.integers(1, 4000), st.sampled_from([1, 64, 65, 8192]))

@@ -75,11 +75,10 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
         normalisation=Normalisation(mean=1.0, std=2.0, num_scores=9),
     )
     batch, openings = start.held_out(start.params), start.openings("held_out", 6)
-    asked = [dataclasses.replace(row, columns={"prompt_ids": row.prompt.tolist()}) for row in openings]
     scores = np.asarray(begin.policy.scores(params, batch))
     for normalised, expected in ((True, (scores - 1) / 2), (False, scores)):
         rewards = start.rewarded(normalised=normalised, prompts_per_rollout=6).rewards
-        np.testing.assert_allclose(rewards.of_samples(batch, asked, start.tokenizer).total, expected, atol=1e-4)
+        np.testing.assert_allclose(rewards.of_samples(batch, openings, start.tokenizer).total, expected, atol=1e-4)
     assert start.before["SFT: reward model"] == pytest.approx(np.mean(scores - 1) / 2, abs=1e-4)
     assert start.before["SFT: VADER"] == pytest.approx(start.of_samples(start.params)["reward"])
     assert start.before["SFT: kl"] == pytest.approx(0, abs=1e-4)
@@ -95,7 +94,7 @@ def test_pairs_that_are_too_long_for_the_model_are_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
     data = preference.Config(path=str(path), max_prompt_tokens=200, max_completion_tokens=200)
-    with pytest.raises(ValueError, match=r"prompt width .* exceeds the model's 128 positions"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has 93 .* and 121 of completion, .* the model's 128"):
         pair_files.Start(model=Model(source="glassllm-en", scalar_head=True), data=data).load()
 
 

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from pjpo import models as saved
+from pjpo.data.examples import Example
 from pjpo.models import policy as policy_module
 from pjpo.rewards import learned
 from pjpo.rewards.learned import Normalisation, RewardModel
@@ -81,6 +82,25 @@ def test_scores_are_normalised_by_what_is_stored_and_then_clipped(model, folder)
     assert max(map(abs, clipped)) == clip < max(map(abs, found))
     plain = learned.Config(**settings, normalise=False)(completions=COMPLETIONS, prompts=PROMPTS)
     np.testing.assert_allclose(plain, raw, rtol=1e-4)
+
+
+def test_what_was_sampled_is_scored_token_by_token_where_the_tokenizer_is_the_models_own(model, folder):
+    """A prompt with a chat's marks, which its text does not show, and a completion that was cut off."""
+    marked = np.array([0, 1, 4, 0], np.int32)  # <end>hello words<end>
+    tokens, mask = np.array([[[3, 0], [2, 4]]], np.int32), np.array([[[True, True], [True, True]]])
+    batch = Batch.of(
+        prompt_tokens=marked[None], prompt_mask=np.ones((1, 4), bool), completion_tokens=tokens, completion_mask=mask
+    )
+    config = learned.Config(source=str(folder), normalise=False)
+    rewards = Rewards(functions=(config,), weights=(1.0,))
+    example = [Example(marked, (), {}, "a:1")]
+    expected = model.scores(batch, model.tokenizer)
+    np.testing.assert_allclose(rewards.of_samples(batch, example, make_tokenizer()).total, expected, atol=1e-5)
+    decode = make_tokenizer().decode
+    as_texts = model.reward([decode(marked)], [[decode(ids) for ids in tokens[0]]])
+    assert np.abs(as_texts - expected).min() > 1e-3
+    other = make_tokenizer([*WORDS, "more"])
+    np.testing.assert_allclose(rewards.of_samples(batch, example, other).total, as_texts, atol=1e-5)
 
 
 def test_a_warm_up_compiles_what_the_call_needs(folder, compiled):

@@ -195,8 +195,8 @@ def test_of_samples_decodes_completions_as_they_read_after_their_prompts():
 
     seen = {}
 
-    def spy(completions, prompts, completion_ids, answer):
-        seen.update(completions=completions, prompts=prompts, ids=completion_ids, answer=answer)
+    def spy(completions, **given):
+        seen.update(given, completions=completions)
         return range(len(completions))
 
     tokens = np.array([[[*b" ab", 257], [*b"c", 257, 0, 0]], [[*b" d", 257, 0], [257, 0, 0, 0]]], np.int32)
@@ -211,7 +211,9 @@ def test_of_samples_decodes_completions_as_they_read_after_their_prompts():
     assert seen == {
         "prompts": ["one", "one", "two!", "two!"],
         "completions": [" ab", "c", " d", ""],
-        "ids": [[*b" ab", 257], [*b"c", 257], [*b" d", 257], [257]],
+        "prompt_ids": [[*b"one"], [*b"one"], [*b"two!"], [*b"two!"]],
+        "completion_ids": [[*b" ab", 257], [*b"c", 257], [*b" d", 257], [257]],
+        "tokenizer": ["bytes"] * 4,
         "answer": [1, 1, 2, 2],
     }
 
