@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from pjpo.logps import widened
+
 Std = Literal["group", "batch", "none"]
 STDS = ("group", "batch", "none")
 
@@ -42,7 +44,7 @@ def group_relative(
     """
     if std not in STDS:
         raise ValueError(f"group_relative: std must be one of {', '.join(STDS)}, got {std!r}")
-    rewards, mask = jnp.asarray(rewards), _mask_of(rewards, mask)
+    rewards, mask = widened(rewards), _mask_of(rewards, mask)
     centred = _centred(rewards, mask, "group_relative")
     if std == "none":
         return centred
@@ -58,7 +60,7 @@ def leave_one_out(
     Raises:
         ValueError: one completion for each prompt, which has no others.
     """
-    rewards, mask = jnp.asarray(rewards), _mask_of(rewards, mask)
+    rewards, mask = widened(rewards), _mask_of(rewards, mask)
     count = mask.sum(-1, keepdims=True).astype(rewards.dtype)
     return _centred(rewards, mask, "leave_one_out") * count / jnp.maximum(count - 1, 1)
 
@@ -89,8 +91,9 @@ def gae(
         here = jnp.where(own, value, next_value), jnp.where(own, advantage, next_advantage)
         return here, advantage
 
-    rewards, values, mask = jnp.asarray(rewards), jnp.asarray(values), _mask_of(rewards, mask)
-    tokens_first = [jnp.moveaxis(x, -1, 0) for x in (rewards, values, mask)]
+    rewards, values, mask = widened(rewards), widened(values), _mask_of(rewards, mask)
+    dtype = jnp.promote_types(rewards.dtype, values.dtype)
+    tokens_first = [jnp.moveaxis(x, -1, 0) for x in (rewards.astype(dtype), values.astype(dtype), mask)]
     end = jnp.zeros_like(tokens_first[1][0])
     _, advantages = jax.lax.scan(back, (end, end), tuple(tokens_first), reverse=True)
     advantages = jnp.moveaxis(advantages, 0, -1)
@@ -105,19 +108,26 @@ def reinforce_pp(
     Returns:
         (advantages, returns); 0 where `mask` is false.
     """
-    rewards = jnp.asarray(rewards)
+    rewards = widened(rewards)
     returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     return whiten(returns, mask), returns
 
 
-def reinforce_pp_baseline(rewards: Float[Array, "B N"], mask: Bool[Array, "B N T"]) -> Float[Array, "B N T"]:
+def reinforce_pp_baseline(
+    rewards: Float[Array, "B N"], mask: Bool[Array, "B N T"], scored: Bool[Array, "B N"] | None = None
+) -> Float[Array, "B N T"]:
     """REINFORCE++ with a baseline: reward less its prompt's mean, at each token, whitened over all tokens.
+
+    Args:
+        rewards: of whole completions.
+        mask: tokens that count.
+        scored: completions that are in the mean; those with a token that counts, if left out.
 
     Raises:
         ValueError: one completion for each prompt.
     """
     mask = jnp.asarray(mask, bool)
-    centred = _centred(jnp.asarray(rewards), mask.any(-1), "reinforce_pp_baseline")
+    centred = _centred(widened(rewards), mask.any(-1) if scored is None else scored, "reinforce_pp_baseline")
     return whiten(jnp.broadcast_to(centred[..., None], mask.shape), mask)
 
 
@@ -125,14 +135,14 @@ def whiten(
     values: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, eps: float | int = 1e-8
 ) -> Float[Array, "*shape"]:
     """Less the mean, over the standard deviation (n - 1; `eps` is added to the variance); 0 where `mask` is false."""
-    values, mask = jnp.asarray(values), _mask_of(values, mask)
+    values, mask = widened(values), _mask_of(values, mask)
     scaled = (values - _mean(values, mask)) / jnp.sqrt(_variance(values, mask) + eps)
     return jnp.where(mask, scaled, 0)
 
 
 def at_last(scores: Float[Array, "*rows"], mask: Bool[Array, "*rows T"]) -> Float[Array, "*rows T"]:
     """The score of a completion as a reward of its last token; 0 elsewhere."""
-    return jnp.where(last(mask), jnp.asarray(scores)[..., None], 0)
+    return jnp.where(last(mask), widened(scores)[..., None], 0)
 
 
 def last(mask: Bool[Array, "*rows T"]) -> Bool[Array, "*rows T"]:

@@ -34,7 +34,8 @@ def distribution(
     """
     at_most = (rewards[None] <= rewards[:, None]) @ probabilities
     equal = (rewards[None] == rewards[:, None]) @ probabilities
-    return (at_most**n - (at_most - equal) ** n) * probabilities / equal
+    share = np.divide(probabilities, equal, out=np.zeros_like(equal), where=equal > 0)
+    return (at_most**n - (at_most - equal) ** n) * share
 
 
 def kl_bound(n: int) -> float:

@@ -23,9 +23,10 @@ Mask = Bool[Array, "B N T"] | Bool[np.ndarray, "B N T"]
 
 
 def widened(values: ArrayLike) -> Array:
-    """As float32, or wider where it is: what losses compute in, whatever the model's dtype."""
+    """As float32, or wider where it is: what losses compute in, whatever the model's dtype; ints as `float`."""
     values = jnp.asarray(values)
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    is_float = jnp.issubdtype(values.dtype, jnp.floating)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32) if is_float else float)
 
 
 def sum_completion(values: Float[Array, "B N T"], mask: Mask) -> Float[Array, "B N"]:

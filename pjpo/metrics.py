@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pjpo.logps import widened
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +68,7 @@ class Smallest(Largest):
 
 def _checked(values: Array, mask: Array | None) -> tuple[Array, Array]:
     """Values in float32 or wider, and their mask."""
-    values = jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize < 4:
-        values = values.astype(jnp.float32)
+    values = widened(values)
     mask = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
     assert mask.shape == values.shape, f"mask {mask.shape} does not fit values {values.shape}"
     return values, mask

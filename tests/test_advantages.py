@@ -185,3 +185,47 @@ def test_lists_masks_of_numbers_and_one_group_will_do():
     for function in (adv.group_relative, adv.leave_one_out):
         np.testing.assert_array_equal(function(rewards[0]), function(arrays[0])[0])
         np.testing.assert_array_equal(function(rewards, mask), function(arrays[0], arrays[2]))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_whole_numbers_are_worth_as_much_as_others(dtype):
+    rewards, values, mask = [[2, 0, 1], [1, 1, 0]], [[1, 3, 0], [0, 2, 2]], np.ones((2, 3), bool)
+    with online.x64(dtype):
+        for function, *whole in (
+            (adv.gae, rewards, values, mask),
+            (adv.reinforce_pp, rewards, mask),
+            (adv.whiten, values, mask),
+            (adv.group_relative, rewards),
+            (functools.partial(adv.group_relative, std="batch"), rewards),
+            (adv.leave_one_out, rewards),
+            (adv.reinforce_pp_baseline, rewards, np.ones((2, 3, 2), bool)),
+            (adv.at_last, values[0], mask.repeat(2, 0)[:3]),
+        ):
+            found = function(*map(np.asarray, whole))
+            expected = function(*(x if np.asarray(x).dtype == bool else jnp.asarray(x, dtype) for x in whole))
+            assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(found))
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_rewards_and_values_of_two_dtypes_meet_in_the_wider_one():
+    rewards, values, mask = np.float32([[1, 2]]), jnp.asarray([[0.5, 0.25]], jnp.bfloat16), np.ones((1, 2), bool)
+    for found, expected in zip(adv.gae(rewards, values, mask), adv.gae(rewards, np.float32(values), mask), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_completion_that_counts_in_no_loss_may_count_in_its_prompts_mean():
+    rewards, mask = np.float32([[1, 0, -9, 0.5]]), np.ones((1, 4, 2), bool)
+    mask[0, 2] = False
+    scored = np.ones((1, 4), bool)
+    alone = adv.whiten(np.broadcast_to(rewards[..., None], mask.shape), mask)  # whatever the mean, it is taken off
+    np.testing.assert_allclose(adv.reinforce_pp_baseline(rewards, mask), alone, atol=1e-6)
+    two = np.concatenate([rewards, np.zeros_like(rewards)]), np.concatenate([mask, mask])
+    found = adv.reinforce_pp_baseline(*two, np.concatenate([scored, scored]))
+    centred = np.concatenate([rewards - rewards.mean(), np.zeros_like(rewards)])
+    expected = adv.whiten(np.broadcast_to(centred[..., None], two[1].shape), two[1])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(np.asarray(adv.reinforce_pp_baseline(*two)) - found).max() > 0.1

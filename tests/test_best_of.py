@@ -42,6 +42,11 @@ def test_the_best_of_n_as_a_policy():
     np.testing.assert_allclose(best_of.distribution(probabilities, rewards, 1), probabilities, rtol=1e-12)
 
 
+def test_a_completion_that_the_policy_never_gives_is_never_the_best():
+    found = best_of.distribution(np.array([0.5, 0.5, 0.0]), np.array([0.0, 1.0, 2.0]), 2)
+    np.testing.assert_allclose(found, [0.25, 0.75, 0], rtol=1e-12)
+
+
 def test_what_cannot_be_is_refused():
     for n in (0, 5):
         with pytest.raises(ValueError, match=f"n must be in 1 to the 4 samples that there are, got {n}"):

@@ -85,6 +85,14 @@ def test_flags_whole_numbers_and_halves_are_summed_in_float32(values):
     assert mean.value() == 0.75
 
 
+@pytest.mark.parametrize("values", [np.array([True, False, True]), np.array([1, 0, 1])])
+def test_flags_and_whole_numbers_are_summed_in_float64_where_there_is_one(values):
+    with jax.enable_x64(True):
+        mean = Mean.of(values)
+        assert (mean.sum.dtype, mean.count.dtype) == (jnp.float64, jnp.float64)
+        assert mean.value() == 2 / 3
+
+
 def test_bfloat16_does_not_lose_the_small_terms():
     assert Mean.of(jnp.ones(1000, jnp.bfloat16)).value() == 1
 

@@ -84,8 +84,9 @@ class Config:
         if batch.rewards is None:
             raise ValueError("grpo: the rollout has no rewards; score its completions first")
         mask = jnp.asarray(batch.loss_mask)
-        scored = jnp.isfinite(jnp.asarray(batch.rewards)) & jnp.asarray(batch.completion_mask).any(-1)
-        rewards = jnp.where(scored, batch.rewards, 0)
+        rewards = widened(batch.rewards)
+        scored = jnp.isfinite(rewards) & jnp.asarray(batch.completion_mask).any(-1)
+        rewards = jnp.where(scored, rewards, 0)
         penalties = jnp.zeros(mask.shape, rewards.dtype)
         if self.kl_in == "reward" and self.beta:
             if batch.old_logps is None or batch.ref_logps is None:
@@ -99,7 +100,7 @@ class Config:
         if self.baseline == "leave_one_out":
             found = leave_one_out(rewards, scored)
         elif self.baseline == "reinforce_pp_baseline":
-            found = reinforce_pp_baseline(rewards, mask & scored[..., None])
+            found = reinforce_pp_baseline(rewards, mask & scored[..., None], scored)
         else:
             found = group_relative(rewards, scored, std=self.std, ddof=self.std_ddof, eps=self.std_eps)
         return dataclasses.replace(batch, advantages=found)
@@ -113,7 +114,8 @@ DR_GRPO = Config(std="none", aggregation="constant", max_completion_tokens=3000,
 DAPO = Config(epsilon_high=0.28, aggregation="token", beta=0.0)
 # Zheng et al. 2025, arXiv:2507.18071.
 GSPO = Config(importance="sequence", epsilon_low=3e-4, epsilon_high=4e-4, beta=0.0)
-# Ahmadian et al. 2024, arXiv:2402.14740; clipped as TRL does it, which the first update of a rollout is not moved by.
+# Ahmadian et al. 2024, arXiv:2402.14740. Token ratios are clipped, where TRL clips a completion's product of them; in
+# the first update of a rollout there is nothing to clip.
 RLOO = Config(baseline="leave_one_out", aggregation="sequence_sum", beta=0.05, kl="k1", kl_in="reward")
 # Hu 2025, arXiv:2501.03262; one completion of a prompt will do.
 REINFORCE_PP = Config(baseline="reinforce_pp", aggregation="token", beta=0.01, kl="k1", kl_in="reward")

@@ -98,10 +98,10 @@ def scores(config: Config, batch: Batch, truncated: ArrayLike | None) -> Float[A
     if batch.rewards is None:
         raise ValueError(f"{_name(config)}: the rollout has no rewards; score its completions first")
     if config.missing_end_score is None:
-        return jnp.asarray(batch.rewards)
+        return widened(batch.rewards)
     if truncated is None:
         raise ValueError(f"{_name(config)}: missing_end_score asks which completions were cut off; pass truncated")
-    return jnp.where(truncated, config.missing_end_score, batch.rewards)
+    return jnp.where(truncated, config.missing_end_score, widened(batch.rewards))
 
 
 def token_rewards(

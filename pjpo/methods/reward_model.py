@@ -44,7 +44,8 @@ def loss(
     Raises:
         ValueError: annotated margins are asked for, and the batch has none.
     """
-    rows, scores = pairs.counted(config, batch), widened(scores)
+    rows = pairs.counted(config, batch)  # [B]
+    scores = jnp.where(rows[:, None], widened(scores), 0)  # whatever padding has, it reaches no gradient
     margins = pairs.margins(scores)  # [B]
     needed = jnp.zeros_like(margins)
     if config.annotated_margins:
@@ -52,7 +53,7 @@ def loss(
             raise ValueError(
                 "reward_model: annotated_margins needs the batch's rewards [B, 2]; add them, or set it to False"
             )
-        needed = pairs.margins(batch.rewards)
+        needed = jnp.where(rows, pairs.margins(batch.rewards), 0)
     losses = -jax.nn.log_sigmoid(margins - needed) + config.center_weight * scores.sum(-1) ** 2
     metrics = {
         "accuracy": Mean.of(accuracies(margins), rows),

@@ -81,6 +81,26 @@ def test_golden_advantages(inputs, expected, dtype):
             (dataclasses.replace(grpo.RLOO, beta=0.0), "rloo"),
         ):
             online.check(config.advantages(rollout).advantages, expected[key], dtype)
+            if np.asarray(inputs["rewards"]).dtype.kind == "i":  # also as they are
+                whole = dataclasses.replace(rollout, rewards=jnp.asarray(inputs["rewards"]))
+                online.check(config.advantages(whole).advantages, expected[key], dtype)
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "reinforce_pp_baseline"])
+def test_a_completion_that_is_masked_for_its_length_stays_in_its_prompts_mean(baseline):
+    loss_mask = np.ones((2, 4, 1), bool)
+    loss_mask[0, 2] = False
+    rewards = np.array([[1, 0, -9, 0.5], [1, -1, 1, -1]])
+    batch = Batch.of(
+        completion_tokens=np.zeros(loss_mask.shape, np.int32),
+        completion_mask=np.ones(loss_mask.shape, bool),
+        loss_mask=loss_mask,
+        rewards=rewards,
+    )
+    found = grpo.Config(baseline=baseline, std="none", beta=0.0).advantages(batch).advantages.reshape(2, 4)
+    centred = rewards - rewards.mean(1, keepdims=True)
+    scale = (found[1, 0] - found[1, 1]) / (centred[1, 0] - centred[1, 1])  # whitening shifts and scales all alike
+    np.testing.assert_allclose(found[0, [0, 1, 3]] - found[1, 0], scale * (centred[0, [0, 1, 3]] - 1), rtol=1e-5)
 
 
 def test_presets_differ_in_numbers():

@@ -42,6 +42,18 @@ def test_golden_values(dtype, bound):
         np.testing.assert_allclose(mean, 0.77220340, rtol=0, atol=bound)
 
 
+def test_padding_reaches_no_gradient_whatever_it_holds():
+    mask = np.array([[[True], [True]], [[False], [False]]])
+    rewards = jnp.asarray([[1.0, 0.5], [jnp.nan, jnp.nan]])
+    batch = Batch.of(completion_tokens=np.zeros(mask.shape, np.int32), completion_mask=mask, rewards=rewards)
+    config = reward_model.Config(annotated_margins=True, center_weight=0.1)
+    scores = jnp.asarray([[0.3, 0.1], [jnp.nan, jnp.inf]])
+    gradient = jax.grad(lambda scores: reward_model.loss(config, batch, None, None, scores)[0].sum)(scores)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[1], 0)
+    assert (gradient[0] != 0).all()
+
+
 def test_margins_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="annotated_margins needs the batch's rewards"):
         loss(reward_model.Config(annotated_margins=True), "float32")
