@@ -12,5 +12,5 @@ if __name__ == "__main__":
             raise SystemExit(str(error)) from None
         raise SystemExit(f"run it with: python -m experiments.{' '.join(sys.argv[1:])}")
     print("Run one with: python -m experiments.<name> [--smoke] [--help]\n")
-    for name in registry.names():
-        print(f"  {name:16} {registry.about(name)}")
+    for name in registry.commands():
+        print(f"  {name:20} {registry.about(name)}")

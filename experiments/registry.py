@@ -52,8 +52,10 @@ def names() -> list[str]:
 
 
 def about(name: str) -> str:
-    """The first sentence of an experiment's header."""
-    header = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    """The first sentence of a command's header."""
+    file = FOLDER / f"{name}.py"
+    source = file if file.exists() else FOLDER / name / "__main__.py"
+    header = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return header.split("\n\n")[0].replace("\n", " ")
 
 

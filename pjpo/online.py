@@ -78,6 +78,16 @@ class Config:
                 "online: pairs need num_completions of 2 or more, both of which count, got "
                 f"{self.num_completions} and truncated {self.truncated!r}; keep, penalise or replace what is truncated"
             )
+        if self.dynamic_sampling and self.num_completions < 2:
+            raise ValueError(
+                "online: dynamic_sampling leaves out groups whose rewards are all equal, as those of one completion "
+                f"are, got num_completions {self.num_completions}; sample 2 or more, or set it to False"
+            )
+        if self.log_kl and self.pairs:
+            raise ValueError(
+                "online: log_kl measures samples, but pairs are a choice among them by reward; set log_kl to False "
+                "(the sentiment evaluation has the KL of held-out samples)"
+            )
         self.sampling(())  # which refuses the rest
 
     def sampling(self, stop_tokens: Sequence[int]) -> Sampling:

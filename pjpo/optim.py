@@ -89,8 +89,8 @@ def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTr
 
 
 def decays(params):
-    """Which leaves weight decay acts on: all but the norms' scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    """Which leaves weight decay acts on: all but the norms' scales, and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def whose(params):

@@ -89,9 +89,19 @@ def stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
 
 
 def pad(rows: Sequence, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of several lengths as [B, P], right-padded, with their mask; P is `width`, or else the longest's."""
+    """Token ids of several lengths as [B, P], right-padded, with their mask; P is `width`, or else the longest's.
+
+    Raises:
+        ValueError: a row is longer than `width`.
+    """
     lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max() if width is None else width)[None] < lengths[:, None]
+    longest = int(lengths.max())
+    if width is not None and longest > width:
+        raise ValueError(
+            f"row {int(lengths.argmax())} has {longest} tokens, more than the width {width}; shorten it, or give a "
+            "larger width"
+        )
+    mask = np.arange(longest if width is None else width)[None] < lengths[:, None]
     tokens = np.zeros(mask.shape, np.int32)
     tokens[mask] = np.concatenate(rows)
     return tokens, mask

@@ -98,7 +98,8 @@ def make_update(
 ) -> Callable[[State, dict | None, Batch], tuple[State, dict[str, Mean]]]:
     """The jitted `update(state, ref_params, batch) -> (state, metrics)`; it donates `state`, never `ref_params`.
 
-    A batch in which nothing counts moves neither parameters nor the optimizer's moments; the step is counted.
+    A batch in which nothing counts moves neither parameters nor the optimizer's moments, nor does one of a rollout
+    whose gradient is exactly 0, as its rewards are all equal; the step is counted.
 
     Args:
         loss: `loss(method, batch, logps, ref_logps) -> (Mean, metrics)`, as in `pjpo.methods`.
@@ -164,10 +165,13 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         # Of nothing there is nothing to learn, yet momentum and weight decay would go on.
         counted = (mean.count > 0) & jnp.any(batch.loss_mask)  # a constant to divide by counts what is masked too
+        norm = optax.tree.norm(grads)
+        if batch.advantages is not None:  # all rewards are equal, and nothing else pulls
+            counted &= norm != 0
         new = optax.apply_updates(trainable, updates), opt_state
         moved, opt_state = _new_where(counted, new, (trainable, state.opt_state))
         params = joined(moved, frozen)
-        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(optax.tree.norm(grads), counted)}
+        metrics = {"loss": mean, **metrics, "grad_norm": Mean.of(norm, counted)}
         if schedule is not None:
             metrics["learning_rate"] = Mean.of(jnp.asarray(schedule(state.step), jnp.float32))
         return sharding.constrain(State(params, opt_state, state.step + 1, state.key), mesh), metrics

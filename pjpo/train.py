@@ -21,7 +21,8 @@ from pjpo.metrics import Mean
 from pjpo.runs import RunFolder
 from pjpo.types import Batch
 
-WATCHED = ("loss", "rewards/accuracies", "rewards/margins", "eval/reward_vader")  # what the progress bar shows
+# What the progress bar shows, where there is such a number.
+WATCHED = ("loss", "reward", "rewards/accuracies", "rewards/margins", "eval/reward_vader", "eval/accuracy")
 
 
 class Stopped(Exception):

@@ -34,6 +34,7 @@ METHOD = dataclasses.replace(grpo.GRPO, beta=0.1)
 
 class Alphabet:
     stop_ids = (0, 1, 2, 3)
+    fingerprint = "letters"
 
     def decode(self, ids, skip_special=True):
         return "".join(chr(97 + i) for i in ids)
@@ -431,6 +432,11 @@ def test_at_a_temperature_the_gradient_is_that_of_the_reward_that_samples_get():
         ({"truncated_reward": float("nan")}, "online: truncated_reward must be finite, got nan"),
         ({"num_logged_prompts": -1}, "online: num_logged_prompts must be >= 0, got -1"),
         ({"pairs": True, "truncated": "mask"}, "pairs need .* got 3 and truncated 'mask'"),
+        (
+            {"num_completions": 1, "dynamic_sampling": True},
+            "dynamic_sampling leaves out .* num_completions 1; sample",
+        ),
+        ({"pairs": True, "log_kl": True}, "log_kl measures samples, but pairs are a choice"),
         ({"top_p": 0.0}, r"sampling: top_p must be in \(0, 1\], got 0.0"),
         ({"stop": ("ab",)}, "stop 'ab' must be one token of the tokenizer, got 2; choose another text"),
         ({"max_completion_tokens": 31}, r"the prompt of row 2 has 3 tokens, but the model's 32 positions .* leave 1"),

@@ -159,11 +159,11 @@ def test_settings_at_the_edge_of_what_is_allowed():
         assert np.isfinite(updates(**settings)).all()
 
 
-def test_scales_are_spared_at_any_depth():
-    leaves = {"scale": 1, "kernel": 2}
+def test_scales_and_biases_are_spared_at_any_depth():
+    leaves = {"scale": 1, "kernel": 2, "bias": 3}
     assert optim.decays({"layers": {"norm": leaves}, "scale": leaves}) == {
-        "layers": {"norm": {"scale": False, "kernel": True}},
-        "scale": {"scale": False, "kernel": True},
+        "layers": {"norm": {"scale": False, "kernel": True, "bias": False}},
+        "scale": {"scale": False, "kernel": True, "bias": False},
     }
 
 

@@ -98,6 +98,14 @@ def test_what_does_not_end_is_cut_off():
     assert rollouts.truncated(batch, ()).all()
 
 
+def test_a_prompt_that_is_longer_than_the_width_is_refused_by_its_row():
+    tokens, mask = rollouts.pad([[1, 2], [3]], 3)
+    np.testing.assert_array_equal(tokens, [[1, 2, 0], [3, 0, 0]])
+    np.testing.assert_array_equal(mask, tokens > 0)
+    with pytest.raises(ValueError, match="row 1 has 4 tokens, more than the width 3; shorten it"):
+        rollouts.pad([[1, 2], [3, 4, 5, 6]], 3)
+
+
 def test_no_prompts_are_refused():
     with pytest.raises(ValueError, match="no prompts"):
         sample([])

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from pjpo import optim, sharding
-from pjpo.methods import dpo, kto, sft
+from pjpo.methods import dpo, grpo, kto, sft
 from pjpo.models import lora
 from pjpo.packing import pack
 from pjpo.step import init_state, make_update, reference_logps
@@ -229,6 +229,21 @@ def test_a_batch_in_which_nothing_counts_moves_nothing_but_the_step(num_microbat
     state, metrics = update(state, ref_params, make_batch(2))
     np.testing.assert_allclose(metrics["learning_rate"].value(), SCHEDULE(3), rtol=1e-6)
     assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (state.params, before[0])), strict=True))
+
+
+@pytest.mark.parametrize(("method", "moves"), [(grpo.DAPO, False), (grpo.Config(beta=0.5, kl="k2"), True)])
+def test_rewards_that_are_all_equal_move_nothing_unless_something_else_pulls(method, moves):
+    mesh, settings = one_device(), {"num_layers": 1, "loss": grpo.loss, "method": method}
+    _, state, ref_params, update = setup(mesh, **settings, reference="online" if method.needs_reference else "none")
+    batch = make_batch(0)
+    mixed = np.random.default_rng(0).normal(size=batch.loss_mask.shape[:2]).astype(np.float32)
+    state, metrics = update(state, ref_params, dataclasses.replace(batch, advantages=mixed))
+    assert metrics["grad_norm"].count == 1
+    before = jax.device_get(state.params)
+    state, metrics = update(state, ref_params, dataclasses.replace(batch, advantages=np.zeros_like(mixed)))
+    moved = [np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (state.params, before)), strict=True)]
+    assert (any(moved), bool(metrics["grad_norm"].count)) == (moves, moves)
+    assert state.step == 2
 
 
 def test_the_state_is_donated_and_nothing_else():

@@ -274,6 +274,7 @@ def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
 def transpose_kernels(config: Config, params: dict, in_pieces: bool = False) -> dict:
     """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in `decoding_dtype`.
 
+    On a CPU that is a copy of the layers for as long as a call takes; elsewhere nothing reads it, so there is none.
     `in_pieces`: in float32, as `pjpo.products.to_streams` has it.
     """
 

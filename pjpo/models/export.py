@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -11,15 +12,25 @@ from pjpo import checkpoints, experiment, models, outputs, runs
 from pjpo.models.save import check_free
 
 
-def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: int | None = None, say=print) -> Path:
+def export(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    adapter: bool = False,
+    base: str | None = None,
+    step: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
     """The weights of a run's checkpoint, in `folder`; see `pjpo.models.save`.
 
     Args:
         run: the run's folder.
         folder: empty or not there.
         adapter: PEFT's folder with the adapters alone, instead of all weights with the adapters folded in.
+        base: where PEFT finds the weights that adapters belong to, a folder or a hub's name; the run's source, if
+            left out.
         step: of which checkpoint; the best, where the run kept one, or else the last.
-        say: where messages about ignored checkpoints go.
+        say: where messages go: about ignored checkpoints, and a base that PEFT cannot read.
 
     Raises:
         FileNotFoundError: there is no run, or it has no checkpoint.
@@ -50,7 +61,12 @@ def export(run: str | Path, folder: str | Path, *, adapter: bool = False, step: 
     assert restored is not None, "there is a checkpoint"
     say(f"step {restored.step} of {found.path}")
     how = "alone" if adapter else "merged"
-    return models.save(folder, policy, params | restored.state, tokenizer, adapters=how, base=model.source)
+    if adapter and base is None and not Path(model.source).is_dir():
+        say(
+            f"these adapters belong to {model.source}, which PEFT cannot read: save it as a folder with "
+            f"pjpo.models.save(FOLDER, *pjpo.models.load({model.source!r})), and give that as --base"
+        )
+    return models.save(folder, policy, params | restored.state, tokenizer, adapters=how, base=base or model.source)
 
 
 def _keep_best_by(found: runs.Run) -> tuple[str, str] | None:
@@ -63,12 +79,13 @@ class Options:
     run: tyro.conf.Positional[Path]  # a run's folder, runs/<experiment>/<id>
     folder: tyro.conf.Positional[Path]  # to write: empty, or not there
     adapter: bool = False  # PEFT's folder with the adapters alone; without it, they are folded into the weights
+    base: str | None = None  # where PEFT finds the weights that adapters belong to; the run's source, if left out
     step: int | None = None  # of which checkpoint; the best, where the run kept one, or else the last
 
 
 if __name__ == "__main__":
     options = tyro.cli(Options, prog="python -m pjpo.models.export", description=__doc__)
     try:
-        print(export(options.run, options.folder, adapter=options.adapter, step=options.step))
+        print(export(**vars(options)))
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None

@@ -43,7 +43,7 @@ class RewardModel:
         if models.config(source, **settings).language_head:
             raise ValueError(
                 f"{source} is a language model where a reward model is expected: it has no score.weight. Train one "
-                "from it (experiments/reward_hh.py), or give a ...ForSequenceClassification folder"
+                "from it (experiments/reward_pairs.py), or give a ...ForSequenceClassification folder"
             )
         return cls(*models.load(source, **settings))
 
@@ -118,8 +118,8 @@ class Normalisation:
         path = Path(folder) / NORMALISATION
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing; make it with Normalisation.of(scores).save({str(folder)!r}), from the model's "
-                "scores of a data set, or set normalise=False"
+                f"{path} is missing; make it from the model's scores of pairs with python -m pjpo.rewards.normalise "
+                f"{folder} --data.path FILE, or set normalise=False"
             )
         return cls(**read_json(path))
 

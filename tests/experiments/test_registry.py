@@ -56,7 +56,7 @@ def test_lists_all_with_a_line_each():
     done = python_m("experiments")
     assert done.returncode == 0
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
-    assert [name for name, _ in lines] == registry.names()
+    assert [name for name, _ in lines] == registry.commands() == [*registry.names(), "claims"]
     assert {"dpo_glass", "dpo_hh", "dpo_sentiment", "sft_reviews"} <= set(registry.names())
     for name, about in lines:
         assert about == registry.about(name)
@@ -89,7 +89,9 @@ def test_help_shows_every_override_with_its_comment(command, begun, name):
     assert code == 0
     assert registry.about(name)[:60] in text
     for line in (
-        "--method.beta FLOAT pull towards the reference" if name != "sft_reviews" else "--batch-size INT",
+        "--batch-size INT"
+        if name in ("sft_reviews", "reward_pairs")
+        else "--method.beta FLOAT pull towards the reference",
         "--batch-size INT prompts in an update, over all devices (default: 8)",
         "--resume {None}|PATH folder of a run to go on with",
         "--smoke, --no-smoke a minute's worth",

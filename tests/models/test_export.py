@@ -60,9 +60,12 @@ def test_adapters_folded_in_and_alone(tmp_path):
     expected = save(tmp_path / "expected", policy, params | {"lora": drawn}, tokenizer)
     export(run, tmp_path / "merged")
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "merged")[1], load(expected)[1])
-    export(run, tmp_path / "alone", adapter=True)
-    about = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
-    assert (about["base_model_name_or_path"], about["target_modules"]) == ("glassllm-en", ["q_proj", "down_proj"])
+    for base, named in ((None, "glassllm-en"), ("my/base", "my/base")):
+        said = []
+        export(run, tmp_path / named, adapter=True, base=base, say=said.append)
+        about = json.loads((tmp_path / named / "adapter_config.json").read_text())
+        assert (about["base_model_name_or_path"], about["target_modules"]) == (named, ["q_proj", "down_proj"])
+        assert any("belong to glassllm-en, which PEFT cannot read" in line for line in said) == (base is None)
 
 
 def test_what_cannot_be_exported(tmp_path):

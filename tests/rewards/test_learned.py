@@ -1,5 +1,7 @@
 """A reward model on texts and on token ids, and ids that are not its own."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from pjpo import models as saved
+from pjpo.data import preference
 from pjpo.data.examples import Example
 from pjpo.models import policy as policy_module
-from pjpo.rewards import learned
+from pjpo.rewards import learned, normalise
 from pjpo.rewards.learned import Normalisation, RewardModel
 from pjpo.rewards.protocol import Rewards
 from pjpo.tokenizer import Tokenizer
@@ -84,6 +87,20 @@ def test_scores_are_normalised_by_what_is_stored_and_then_clipped(model, folder)
     np.testing.assert_allclose(plain, raw, rtol=1e-4)
 
 
+def test_its_unit_is_that_of_your_pairs(model, folder, tmp_path):
+    """As `python -m pjpo.rewards.normalise` makes it."""
+    rows = [("hello", "good", "bad"), ("hello words", "words", "bad bad"), ("bad", "good good", "words bad")]
+    text = "\n".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) for row in rows)
+    (tmp_path / "pairs.jsonl").write_text(text)
+    data = preference.Config(path=str(tmp_path / "pairs.jsonl"), num_held_out=1)
+    found = normalise.normalise(folder, data, batch_size=2)
+    prompts, *completions = zip(*rows, strict=True)
+    expected = Normalisation.of(model.reward(prompts, list(zip(*completions, strict=True))))
+    assert (found.mean, found.std) == pytest.approx((expected.mean, expected.std), rel=1e-4)
+    assert Normalisation.load(folder) == found
+    assert found.num_scores == 6
+
+
 def test_what_was_sampled_is_scored_token_by_token_where_the_tokenizer_is_the_models_own(model, folder):
     """A prompt with a chat's marks, which its text does not show, and a completion that was cut off."""
     marked = np.array([0, 1, 4, 0], np.int32)  # <end>hello words<end>
@@ -114,7 +131,9 @@ def test_a_warm_up_compiles_what_the_call_needs(folder, compiled):
 
 def test_a_model_that_cannot_be_had_ends_the_run_before_it_starts(folder):
     rewards = Rewards(functions=(learned.Config(source=str(folder), normalise=True),), weights=(1.0,))
-    with pytest.raises(FileNotFoundError, match=r"reward_normalisation.json is missing; make it with Normalisation.of"):
+    with pytest.raises(
+        FileNotFoundError, match=r"reward_normalisation.json is missing; make it .*pjpo.rewards.normalise"
+    ):
         rewards.score(["hello"], [["good"]])
     with pytest.raises(ValueError, match="glassllm-en is a language model where a reward model is expected"):
         Rewards(functions=(learned.Config(source="glassllm-en", normalise=False),), weights=(1.0,)).check({})
