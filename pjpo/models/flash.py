@@ -67,17 +67,15 @@ def on_tpu(
     def each(slots, keys):
         length, _, heads, _ = slots.shape[1:]
         size = min(BLOCK, _round_up(length, LANES))
-        more = -length % size
+        slots, keys, seen = _padded(shape, slots, keys, size)
         q, k, v = jnp.split(slots.transpose(0, 2, 3, 1, 4), [heads - 2, heads - 1], axis=2)
-        q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, more), (0, 0))) for x in (q * scale, k, v))
-        seen = np.pad(visible(shape), (0, more))
         mask = splash.MultiHeadMask([splash.NumpyMask(seen | np.eye(len(seen), dtype=bool))] * (heads - 2))
         sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), size)
         kernel = splash.make_splash_mqa_single_device(mask, block_sizes=splash.BlockSizes(**sizes), interpret=interpret)
-        keys = jnp.pad(keys, ((0, 0), (0, more))).astype(jnp.int32)
+        keys = keys.astype(jnp.int32)
         segments = splash.SegmentIds(jnp.ones_like(keys), keys)  # a query sees the keys of its own number alone
         of_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        out = jax.vmap(of_heads)(q, k[:, :, 0], v[:, :, 0], segments)  # [B, K, Q, S, H]
+        out = jax.vmap(of_heads)(q * scale, k[:, :, 0], v[:, :, 0], segments)  # [B, K, Q, S, H]
         assert isinstance(out, jax.Array), "residuals, which were not asked for"
         return out[..., :length, :].transpose(0, 3, 1, 2, 4)
 
@@ -88,17 +86,29 @@ def on_gpu(
     shape: tuple[int, int, int], slots: Float[Array, "B S K R H"], keys: Bool[Array, "B S"], scale: float
 ) -> Float[Array, "B S K Q H"]:
     """cuDNN's fused attention, for float16 and bfloat16."""
+    length = slots.shape[1]
+    slots, keys, seen = _padded(shape, slots, keys, 2)  # cuDNN has no gradient for an odd length
     q, k, v = jnp.split(slots, [slots.shape[3] - 2, slots.shape[3] - 1], axis=3)
-    mask = visible(shape)[None, None] & keys[:, None, None]
+    own = np.eye(len(seen), dtype=bool)[None]  # padding sees itself, so that no softmax is over masked scores alone
+    mask = seen[None] & keys[:, None] | own  # [B, S, S]
     out = jax.nn.dot_product_attention(
         q.reshape(*q.shape[:2], -1, q.shape[-1]),
         k[:, :, :, 0],
         v[:, :, :, 0],
-        mask=mask,
+        mask=mask[:, None],
         scale=scale,
         implementation="cudnn",
     )
-    return out.reshape(q.shape)
+    return out.reshape(q.shape)[:, :length]
+
+
+def _padded(
+    shape: tuple[int, int, int], slots: Float[Array, "B S K R H"], keys: Bool[Array, "B S"], size: int
+) -> tuple[Float[Array, "B W K R H"], Bool[Array, "B W"], Bool[np.ndarray, "W W"]]:
+    """Slots and keys up to a multiple of `size`, and who sees whom: what is added is seen by nobody."""
+    more = -slots.shape[1] % size
+    slots = jnp.pad(slots, ((0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
+    return slots, jnp.pad(keys, ((0, 0), (0, more))), np.pad(visible(shape), (0, more))
 
 
 def _round_up(count: int, step: int) -> int:
