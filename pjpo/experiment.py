@@ -53,7 +53,7 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest; adapters stay float32
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute layers in the backward pass, to save memory
-    attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU and GPU
+    attention: Literal["plain", "flash"] = "plain"  # flash: fused kernels on TPU, and in bfloat16 on GPU
     lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
     scalar_head: bool = False  # for reward models and critics; starts at zero
 

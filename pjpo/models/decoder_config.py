@@ -50,7 +50,7 @@ class Config:
     param_dtype: Dtype = "float32"  # of the weights at rest; adapters keep float32
     scan_layers: bool = False  # compiles faster; unrolled runs faster on a CPU
     remat: bool = False  # recompute each layer in the backward pass
-    attention: Attention = "plain"  # flash: fused kernels on TPU and GPU, see `pjpo.models.flash`
+    attention: Attention = "plain"  # flash: fused kernels on TPU, and in bfloat16 on GPU, see `pjpo.models.flash`
     head_block_numbers: int = 2**25  # logits that exist at once, see `pjpo.logps.token_logps`
     lora: lora.Config | None = None
     scalar_head: bool = False  # a number beside the logits: a reward, or a critic's estimate

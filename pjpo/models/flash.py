@@ -19,10 +19,31 @@ from pjpo import layout
 from pjpo.layout import HEADS, ROWS
 from pjpo.models import attention
 from pjpo.models.attention import Scoring
+from pjpo.models.decoder_config import Config
 from pjpo.models.streams import Streams
 
 LANES = 128  # numbers in a row of a TPU's registers, of which its kernels take whole ones
 BLOCK = 512  # queries, and keys, that a kernel works on at once, at most
+
+
+def check(config: Config) -> None:
+    """
+    Raises:
+        ValueError: flash attention on a GPU, with a dtype or a head_dim that cuDNN has no kernel for.
+    """
+    if config.attention != "flash" or jax.default_backend() != "gpu":
+        return
+    if config.dtype != "bfloat16":
+        raise ValueError(
+            f"model: dtype must be bfloat16 for flash attention on a GPU, got {config.dtype!r}; set "
+            "model.dtype=bfloat16, or model.attention=plain"
+        )
+    most = 256 if float(jax.local_devices()[0].compute_capability) >= 9 else 128  # 9: Hopper
+    if config.head_dim % 8 or config.head_dim > most:
+        raise ValueError(
+            f"model: head_dim must be a multiple of 8 and at most {most} for flash attention on this GPU, got "
+            f"{config.head_dim}; set model.attention=plain"
+        )
 
 
 def shared_prefix(
@@ -85,7 +106,7 @@ def on_tpu(
 def on_gpu(
     shape: tuple[int, int, int], slots: Float[Array, "B S K R H"], keys: Bool[Array, "B S"], scale: float
 ) -> Float[Array, "B S K Q H"]:
-    """cuDNN's fused attention, for float16 and bfloat16."""
+    """cuDNN's fused attention; see `check` for what it takes."""
     length = slots.shape[1]
     slots, keys, seen = _padded(shape, slots, keys, 2)  # cuDNN has no gradient for an odd length
     q, k, v = jnp.split(slots, [slots.shape[3] - 2, slots.shape[3] - 1], axis=3)

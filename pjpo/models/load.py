@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pjpo import sharding
-from pjpo.models import decoder, gguf, glassllm, huggingface, weights
+from pjpo.models import decoder, flash, gguf, glassllm, huggingface, weights
 from pjpo.models.policy import Policy
 from pjpo.tokenizer import Tokenizer
 
@@ -54,8 +54,8 @@ def load(
 
     Raises:
         ValueError: an unknown source or setting, a damaged file, weights that do not match their config, an
-            architecture that the decoder does not cover, a reward model's folder with scalar_head=False, or a mesh of
-            other axes.
+            architecture that the decoder does not cover, a reward model's folder with scalar_head=False, flash
+            attention that the GPU cannot do, or a mesh of other axes.
         FileNotFoundError: a file that is missing.
         ModuleNotFoundError: the package that carries the model is not installed.
     """
@@ -63,6 +63,7 @@ def load(
         sharding.check_axes(mesh)
     settings = {name: _dtype_name(value) if "dtype" in name else value for name, value in settings.items()}
     checkpoint, config = _describe(source, settings | {"dtype": _dtype_name(dtype)})
+    flash.check(config)
     policy = Policy(config)
     with _blaming(checkpoint.path):
         abstract = jax.eval_shape(policy.init, jax.random.key(0))

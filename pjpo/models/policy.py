@@ -42,8 +42,8 @@ class Policy:
         Each prompt is computed once for its N completions, and the vocabulary is never materialised.
 
         Raises:
-            ValueError: no prompt tokens to predict from, more positions than the model has, or a token outside the
-                vocabulary, which inside jit gives nan.
+            ValueError: no prompt tokens to predict from, more positions than the model has, flash attention that the
+                GPU cannot do, or a token outside the vocabulary, which inside jit gives nan.
         """
         self._check(batch)
         if not batch.completion_tokens.size:
@@ -89,6 +89,7 @@ class Policy:
         return jnp.take_along_axis(values, mask.sum(-1, keepdims=True), axis=-1)[..., 0]
 
     def _check(self, batch: Batch) -> None:
+        flash.check(self.config)
         width, length = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
         if width + length > self.config.max_positions:
             raise ValueError(

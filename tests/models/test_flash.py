@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjpo import models
 from pjpo.models import attention, flash
 from pjpo.models.streams import Streams
 from tests import tiny
@@ -121,6 +122,31 @@ def assert_on_cudnn(function, *arguments):
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax(" in lowered
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in lowered
+
+
+@pytest.mark.parametrize("head_dim", [8, 12, 128, 136, 256, 264])
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_head_dims_that_cudnn_refuses_are_refused(head_dim, capability, gpu):
+    gpu(capability)
+    config = tiny.make_policy(attention="flash", dtype="bfloat16", head_dim=head_dim).config
+    slots, keys = jnp.zeros((1, 2, 1, 3, head_dim), jnp.bfloat16), jnp.ones((1, 2), bool)
+    try:
+        jax.eval_shape(lambda slots, keys: flash.on_gpu((1, 1, 1), slots, keys, 1.0), slots, keys)
+    except NotImplementedError:
+        with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 .* got {head_dim}; set .*plain"):
+            flash.check(config)
+    else:
+        flash.check(config)
+
+
+def test_other_dtypes_are_refused_on_a_gpu(gpu, model):
+    about = "model: dtype must be bfloat16 for flash attention on a GPU, got 'float32'; set model.dtype=bfloat16, or "
+    policy = tiny.make_policy(attention="flash")
+    with pytest.raises(ValueError, match=about):
+        policy.logps({}, tiny.ragged(np.random.default_rng(0)))
+    with pytest.raises(ValueError, match=about):
+        models.load(model, attention="flash")
+    flash.check(tiny.make_policy().config)
 
 
 def test_a_policy_with_flash_attention_has_the_same_log_probs():
