@@ -182,6 +182,12 @@ def test_a_change_within_its_error_is_none():
     assert panel.displacement(REF + changes, REF).startswith("Neither moved beyond chance (chosen +0.25")
 
 
+def test_what_is_small_is_not_printed_as_nought_and_half_a_hundredth_is_rounded():
+    for change, said in ((0.004, "+0.004"), (0.005, "+0.01"), (-0.006, "-0.01")):
+        changes = np.full((4, 2), change)
+        assert f"chosen {said}, rejected {said} nats" in panel.displacement(changes, np.zeros((4, 2)))
+
+
 @pytest.mark.parametrize(("change", "regime"), [(1.3, "Both rose"), (1.1, "Neither moved")])
 def test_two_standard_errors_are_beyond_chance(change, regime):
     # Of changes +1, -1, +1, -1 about it the standard error is sqrt(4/3) / 2, twice of which is 1.155.

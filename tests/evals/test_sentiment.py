@@ -144,6 +144,7 @@ def test_distinct_by_hand():
     # 12, 21, 12 and 12: two of four differ. None crosses from one completion to the next, none is padding.
     assert sentiment.distinct(tokens, mask) == 2 / 4
     assert sentiment.distinct(tokens[2:], mask[2:]) == 0
+    assert sentiment.distinct(np.array([[[1, 2]]]), np.ones((1, 1, 2), bool)) == 1
 
 
 def test_standard_error_is_over_openings():
