@@ -186,6 +186,7 @@ def test_what_is_small_is_not_printed_as_nought_and_half_a_hundredth_is_rounded(
     for change, said in ((0.004, "+0.004"), (0.005, "+0.01"), (-0.006, "-0.01")):
         changes = np.full((4, 2), change)
         assert f"chosen {said}, rejected {said} nats" in panel.displacement(changes, np.zeros((4, 2)))
+    assert panel.displacement(np.full((4, 2), 1e-9), np.zeros((4, 2))).startswith("Both rose")  # nothing says lengths
 
 
 @pytest.mark.parametrize(("change", "regime"), [(1.3, "Both rose"), (1.1, "Neither moved")])
