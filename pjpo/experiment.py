@@ -368,9 +368,8 @@ def _run(experiment: Experiment, parts: _Parts, folder: runs.RunFolder, saved: c
     schedule = optim.make_schedule(experiment.optimizer, experiment.loop.num_steps)
     optimizer = optim.make_optimizer(experiment.optimizer, schedule)
     batches, kind = parts.batches, experiment.reference
-    if isinstance(batches, online.Rollouts) and kind != "none":
-        # With the rollout, of which every epoch reads them.
-        kind = "stored" if batches.config.reads_reference(experiment.method) else "none"
+    if isinstance(batches, online.Rollouts):
+        kind = batches.config.reference_in_updates(kind, experiment.method)
     update = step.make_update(
         context.loss,
         experiment.method,

@@ -29,6 +29,7 @@ from pjpo.metrics import Mean
 from pjpo.rewards.protocol import Failure, Rewards, Scores
 from pjpo.rollout_log import Scored, numbers, rows
 from pjpo.sampling import Sampling
+from pjpo.step import Reference
 from pjpo.types import Batch
 
 # Completions without an end keep their reward, do not count in the loss, lose a penalty, or get a fixed reward instead.
@@ -105,6 +106,10 @@ class Config:
         """Whether completions are scored under the reference at all."""
         return self.log_kl or getattr(method, "needs_reference", True)
 
+    def reference_in_updates(self, reference: Reference, method: Any) -> Reference:
+        """Where updates find what the reference of a run says: with the rollout, of which every epoch reads it."""
+        return "stored" if reference != "none" and self.reads_reference(method) else "none"
+
     def num_updates(self, batch_size: int) -> int:
         """Updates of a rollout.
 
@@ -143,26 +148,43 @@ def check(experiment: Any) -> None:
         raise ValueError("rollouts.reference is 'rollout', but reference is 'none'; use 'adapter' or 'online'")
     if config.log_kl and experiment.reference == "none":
         raise ValueError("rollouts.log_kl measures the KL to a reference, but reference is 'none'; use 'adapter'")
+    shape = (config.prompts_per_rollout, config.num_completions, 2)
+    batch = Batch.of(completion_tokens=np.zeros(shape, np.int32))
+    trained_on(config, method, batch, reference=experiment.reference)
+
+
+def trained_on(config: Config, method: Any, batch: Batch, *, reference: Reference) -> Batch:
+    """A batch of a rollout's prompts and completions with all else that updates get of it, as shapes and dtypes.
+
+    Args:
+        config: of the rollouts.
+        method: the config of the method.
+        batch: prompts with completions; of pairs, those that are left.
+        reference: of the run.
+
+    Raises:
+        ValueError: rollouts that the method does not learn from, such as groups too small for its baseline.
+    """
     if hasattr(method, "advantages") == config.pairs:
         does, way_out = ("makes", "False") if config.pairs else ("makes no", "True for a method on pairs, such as dpo,")
         raise ValueError(
             f"rollouts: {type(method).__module__} {does} advantages of rewards; set rollouts.pairs to {way_out} or "
             "choose another method"
         )
-    if config.pairs:
-        return
-    shape = (config.prompts_per_rollout, config.num_completions, 2)
-    floats = np.zeros(shape, np.float32)
-    batch = Batch.of(
-        completion_tokens=np.zeros(shape, np.int32),
-        rewards=floats[:, :, 0],
+    shape = batch.completion_tokens.shape
+    floats = jax.ShapeDtypeStruct(shape, np.float32)
+    batch = dataclasses.replace(
+        batch,
+        rewards=jax.ShapeDtypeStruct(shape[:2], np.float32),
         old_logps=floats,
-        ref_logps=None if experiment.reference == "none" else floats,
+        ref_logps=None if config.reference_in_updates(reference, method) == "none" else floats,
         values=floats if "values" in getattr(method, "outputs", ()) else None,
     )
-    asked = {"truncated": np.zeros(shape[:2], bool), "dpo_logps": floats}
-    # What a method refuses, such as a group too small for its baseline, it refuses here.
-    jax.eval_shape(method.advantages, batch, **_of_these(method.advantages, asked))
+    if config.pairs:
+        return batch
+    asked = {"truncated": jax.ShapeDtypeStruct(shape[:2], bool), "dpo_logps": floats}
+    # What a method refuses, it refuses here.
+    return jax.eval_shape(method.advantages, batch, **_of_these(method.advantages, asked))
 
 
 def judge(rewards: Rewards, batch: Batch, examples: Sequence[Example], tokenizer: Any) -> Scores:

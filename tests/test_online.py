@@ -118,6 +118,18 @@ def test_a_rollout_is_what_its_parts_make_one_by_one():
     alike(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"), [(METHOD, {}), (grpo.DAPO, {}), (dpo.Config(), {"pairs": True, "num_completions": 4})]
+)
+def test_updates_get_what_trained_on_says(method, settings):
+    found = make(method=method, **settings).next(state())
+    bare = {name: getattr(found, name) for name in ("prompt_tokens", "prompt_mask", "completion_tokens")}
+    config = make(method=method, **settings).config
+    told = online.trained_on(config, method, Batch.of(**bare), reference="online")
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), batch) for batch in (found, told)]
+    assert kinds[0] == kinds[1]
+
+
 def test_minibatches_hold_whole_groups_each_once_an_epoch():
     made = make(num_epochs=3)
     assert made.period == 6

@@ -13,12 +13,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from pjpo import plan, sharding
-from pjpo.methods import dpo, sft
+from experiments import registry
+from pjpo import online, plan, sharding
+from pjpo.data import preference, prompts, unpaired
+from pjpo.experiment import Experiment, Model
+from pjpo.methods import dpo, grpo, kto, ppo, reward_model, rto, sft, simpo, slic
 from pjpo.models import attention, decoder
 from pjpo.plan import __main__ as command
 from pjpo.plan import chips, shapes
 from pjpo.plan.program import Collective, Program
+from pjpo.rewards.protocol import Rewards
+from tests import tiny_online
 
 METHODS = {"dpo": {"loss": dpo.loss, "reference": "online"}, "sft": {"loss": sft.loss, "method": sft.Config()}}
 SIZES = {"num_heads": 16, "num_kv_heads": 8, "rope_theta": 1e4, "norm_eps": 1e-5, "max_positions": 4096}
@@ -414,6 +419,159 @@ def test_generation_on_tpus_makes_no_second_copy_of_the_weights():
     assert temporary - caches < model.num_layers * layer_weights(model) * 2
 
 
+# ---------------------------------------------------------------------------------------------------- experiments
+
+TINY = SIZES | {"vocab_size": 64, "num_layers": 1, "model_dim": 16, "head_dim": 4, "mlp_dim": 24, "tied_head": True}
+# By hand from their files: prompts, completions and their tokens in an update, then the same of a generation step.
+EXPERIMENTS = {
+    "dpo_glass": ((8, 2, 8, 32), (8, 2, 8, 32)),
+    "dpo_hh": ((8, 2, 256, 128), (8, 2, 256, 128)),
+    "dpo_scratch": ((8, 2, 8, 32), (8, 2, 8, 32)),
+    "dpo_sentiment": ((8, 2, 8, 32), (8, 2, 8, 32)),
+    "grpo_arithmetic": ((8, 8, 512, 4), (16, 8, 512, 4)),  # whose prompts are as long as they come
+    "online_dpo_sentiment": ((8, 2, 8, 32), (16, 4, 8, 32)),
+    "sft_reviews": ((8, 1, 8, 56), (8, 1, 8, 56)),
+}
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """Programs that would be compiled: (lowered, bytes that it takes and that lie beside it, by name)."""
+    found = []
+
+    def record(program, held, beside, chip):
+        size = {name: plan._bytes(tree) for name, tree in (held | beside).items() if tree is not None}
+        found.append((program, size))
+        return plan.Cost(held=size, temporary=0, fits=None, flops=0, traffic=0, program=None)
+
+    monkeypatch.setattr(plan, "_cost", record)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    return found
+
+
+def planned(name, *arguments):
+    options = command.parse(["tiny", "--topology", "cpu:8", "--experiment", name, *arguments])
+    mesh = sharding.make_mesh(options.mesh)
+    return command.work_of(options, mesh), mesh
+
+
+def sizes(lowered, work, mesh):
+    """What the programs are of, read off their arguments."""
+    plan.of_update(work, mesh, None)
+    plan.of_generation(work, mesh, None)
+    ((_, _, batch), _), ((_, tokens, keys), _) = (program.args_info for program, _ in lowered)
+    num_prompts, prompt_tokens = batch.prompt_tokens.shape
+    updated = num_prompts, batch.completion_tokens.shape[1], prompt_tokens, batch.completion_tokens.shape[2]
+    length = lowered[1][0].out_info.tokens.shape[2]
+    return updated, (*keys.shape, tokens.tokens.shape[1], length)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if isinstance(registry.get(name), Experiment)])
+def test_every_experiment_can_be_planned(lowered, name):
+    found = sizes(lowered, *planned(name))
+    assert found == EXPERIMENTS.get(name, found)
+
+
+def test_what_is_asked_for_comes_before_what_an_experiment_says(lowered):
+    asked = ["--batch-size=32", "--num-completions=6", "--prompt-tokens=11", "--completion-tokens=7"]
+    assert sizes(lowered, *planned("online_dpo_sentiment", *asked)) == ((32, 2, 11, 7), (32, 6, 11, 7))
+
+
+def test_the_models_are_those_of_the_experiment(lowered, monkeypatch):
+    critic = Model(source="", param_dtype="bfloat16", remat=True)
+    changes = {"loss": ppo.loss, "method": ppo.Config(), "critic": critic, "model": Model(source="", scalar_head=True)}
+    found = dataclasses.replace(tiny_online.EXPERIMENT, **changes)
+    monkeypatch.setattr(registry, "get", lambda name: found)
+    work, _ = planned("made_up")
+    assert work.critic == dataclasses.replace(HEAD, param_dtype="bfloat16", remat=True)
+    assert work.policy.config == dataclasses.replace(HEAD, temperature=0.8)
+
+
+def test_an_experiment_that_packs_and_stores_its_reference_is_planned_so(lowered):
+    plan.of_update(*planned("dpo_hh"), None)
+    ((program, size),) = lowered
+    (_, _, batch), _ = program.args_info
+    assert size["reference"] == size["parameters"]  # whose log-probs new batches still ask for
+    assert batch.packing.slots.shape == (8, 256 + 2 * 128)
+
+
+def rollouts(**settings):
+    return online.Config(
+        rewards=Rewards(functions=(tiny_online.early_letters,), weights=(1.0,)), prompts_per_rollout=8, **settings
+    )
+
+
+HEAD = dataclasses.replace(decoder.Config(**TINY), scalar_head=True)
+KINDS = {
+    "kto": {"loss": kto.loss, "method": kto.Config(), "num_completions": 1},
+    "reward_model": {"loss": reward_model.loss, "method": reward_model.Config(), "reference": "none", "model": HEAD},
+    "slic": {"loss": slic.loss, "method": slic.Config(), "reference": "none", "num_completions": 3},
+    "ppo, critic": {"loss": ppo.loss, "method": ppo.Config(), "critic": HEAD, "rollouts": rollouts()},
+    "ppo, one model": {"loss": ppo.loss, "method": ppo.Config(), "model": HEAD, "rollouts": rollouts()},
+    "rto": {"loss": rto.loss, "method": rto.Config(), "critic": HEAD, "rollouts": rollouts()},
+    "dapo": {"loss": grpo.loss, "method": grpo.DAPO, "reference": "none", "rollouts": rollouts()},
+    "simpo, online": {
+        **{"loss": simpo.loss, "method": simpo.Config(), "reference": "none", "num_completions": 4},
+        "rollouts": rollouts(pairs=True, truncated="keep"),
+    },
+}
+
+
+def kind_of_work(name):
+    given = {"model": decoder.Config(**TINY), "batch_size": 8, "prompt_tokens": 5, "completion_tokens": 3}
+    return plan.Work(**given | KINDS[name])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_loss_finds_what_it_reads(lowered, name):
+    plan.of_update(kind_of_work(name), sharding.make_mesh(MESHES["fsdp"]), None)
+
+
+@pytest.mark.parametrize(("name", "copies"), [("ppo, critic", (1, 2, 3)), ("rto", (1, 2, 4)), ("dapo", (1, 1, 1))])
+def test_weights_that_lie_beside_a_program_are_counted(lowered, name, copies):
+    """Of the tiny model: those that are sampled from, those that are trained, and all of a run with its moments."""
+    work, mesh = kind_of_work(name), sharding.make_mesh(MESHES["fsdp"])
+    one = sum(plan._bytes(x) for x in jax.tree.leaves(plan.abstract_params(plan.Policy(work.model), mesh)))
+    plan.of_update(work, mesh, None)
+    plan.of_generation(work, mesh, None)
+    (_, updated), (_, sampled) = lowered
+    kept = [updated.get(part, 0) for part in ("reference", "DPO policy")]
+    near = {"rel": 0.05}  # scalar heads, counts
+    assert sampled["parameters"] == one * copies[0]
+    assert updated["parameters"] == pytest.approx(one * copies[1], **near)
+    assert updated["optimizer"] == pytest.approx(2 * one * copies[1], **near)
+    assert sum(kept) + one * copies[0] == pytest.approx(one * copies[2], **near)
+    assert sum(sampled.values()) == pytest.approx(sum(updated.values()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"data": object()}, "", "plan: made_up does not say how many completions a row of its data holds; give --num"),
+        ({"data": preference.Config(path=""), "method": grpo.Config()}, "", "plan: pjpo.methods.grpo learns from roll"),
+        ({"data": preference.Config(path=""), "loss": kto.loss, "method": kto.Config()}, "", "kto: rows must hold one"),
+        ({"data": unpaired.Config(path="")}, "", "dpo: rows must be pairs, .* got 1 completions"),
+        ({"rollouts": rollouts()}, "", "rollouts: pjpo.methods.dpo makes no advantages of rewards; set rollouts.pairs"),
+        (
+            {"rollouts": rollouts(pairs=True)},
+            "--sampling-batch-size 12",
+            "sampling_batch_size 12 is not divisible by 8",
+        ),
+        ({"rollouts": rollouts(pairs=True)}, "--prompt-tokens 4000", "prompt width 4000 .* exceeds the model's 4096"),
+    ],
+)
+@pytest.mark.usefixtures("lowered", "unchecked")
+def test_experiments_that_cannot_be_planned_are_refused(changes, arguments, message, monkeypatch):
+    found = dataclasses.replace(
+        tiny_online.EXPERIMENT,
+        **{"loss": dpo.loss, "method": dpo.Config(), "rollouts": None, "data": prompts.Config(path="")} | changes,
+        **{"model": Model(source=""), "batch_size": 8, "mesh": sharding.Config()},
+    )
+    monkeypatch.setattr(registry, "get", lambda name: found)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        command.run(command.parse(["tiny", "--topology", "cpu:8", "--experiment", "made_up", *arguments.split()]))
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 
@@ -423,7 +581,8 @@ def test_the_command_prints_a_plan(capsys):
     chosen += " --program update --scan-layers"
     command.run(command.parse(["glassllm-en", "--topology", "cpu:8", *chosen.split()]))
     printed = capsys.readouterr().out
-    for words in ("cpu:8, 8 devices: data=4, fsdp=2, model=1", "update: memory", "optimizer", "all-gather"):
+    update = "update, 8 prompts of 16 tokens with 2 completions of 8 each: memory"
+    for words in ("cpu:8, 8 devices: data=4, fsdp=2, model=1", update, "optimizer", "all-gather"):
         assert words in printed
 
 

@@ -79,6 +79,15 @@ class Examples(Sequence[Example]):
         return taken
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a data config knows of its rows before it reads any, by its property `shape`; None: the rows will say."""
+
+    num_completions: int | None = None  # of each prompt, as `Example` has them
+    prompt_tokens: int | None = None  # at most
+    completion_tokens: int | None = None  # of each, at most
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
     train: Sequence[Example]

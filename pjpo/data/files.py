@@ -12,7 +12,7 @@ import tqdm
 
 from pjpo import distributed
 from pjpo.data.encode import CutCompletion, CutPrompt, Limits, encode
-from pjpo.data.examples import Data, Examples, Tally, hold_out
+from pjpo.data.examples import Data, Examples, Shape, Tally, hold_out
 from pjpo.data.rows import Row, Skip
 from pjpo.data.sources import open_source
 
@@ -30,6 +30,7 @@ class Prompts:
     cut_prompt: CutPrompt = "never"  # side to cut a longer prompt at; "never" skips the row
 
     read_row: ClassVar[Callable[..., Row]]
+    num_completions: ClassVar[int | None] = None  # of a row that was read
 
     def __post_init__(self):
         for name, least in (("num_held_out", 0), ("num_rows", 1), ("seed", 0)):
@@ -44,6 +45,15 @@ class Prompts:
     def limits(self) -> Limits:
         names = [field.name for field in dataclasses.fields(Limits) if hasattr(self, field.name)]
         return Limits(**{name: getattr(self, name) for name in names})
+
+    @property
+    def shape(self) -> Shape:
+        limits = self.limits
+        return Shape(
+            num_completions=self.num_completions,
+            prompt_tokens=limits.max_prompt_tokens,
+            completion_tokens=limits.max_completion_tokens,
+        )
 
     def build(self, context: Any) -> Data:
         """Read and encode all rows with `context.tokenizer`, one at a time; the examples are on disk.

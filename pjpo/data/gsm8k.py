@@ -18,6 +18,8 @@ class Config(files.Prompts):
     form: Literal["chat", "plain"] = "chat"  # a message in the model's template, or plain text
     template: str = ASK  # with {question}
 
+    num_completions = 0
+
     def __post_init__(self):
         super().__post_init__()
         if self.form not in ("chat", "plain"):

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from pjpo.data.examples import Data, Example, Examples
+from pjpo.data.examples import Data, Example, Examples, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,13 @@ class Config:
                     f"mixture: weight of {part.name!r} must be > 0 and finite, got {part.weight}; "
                     "leave out a part that is not wanted"
                 )
+
+    @property
+    def shape(self) -> Shape:
+        """Of all parts, where each of them knows."""
+        shapes = [dataclasses.astuple(getattr(part.data, "shape", Shape())) for part in self.parts]
+        most = [None if None in known else max(known) for known in zip(*shapes, strict=True)]
+        return Shape(**dict(zip((field.name for field in dataclasses.fields(Shape)), most, strict=True)))
 
     def build(self, context: Any) -> Data:
         """Builds every part. A prompt that one part holds out is not trained on in another.

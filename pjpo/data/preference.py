@@ -9,5 +9,9 @@ from pjpo.data import files, rows
 class Config(files.Completions):
     with_target: bool = False  # the column `target` is a third completion: what SLiC-HF's likelihood term is of
 
+    @property
+    def num_completions(self) -> int:
+        return 2 + self.with_target
+
     def read_row(self, row):
         return rows.preference(row, with_target=self.with_target)

@@ -8,3 +8,4 @@ from pjpo.data import files, rows
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(files.Prompts):
     read_row = staticmethod(rows.prompt_only)
+    num_completions = 0

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from pjpo import rollouts
-from pjpo.data.examples import Data, Example
+from pjpo.data.examples import Data, Example, Shape
 from pjpo.rewards import vader
 from pjpo.sampling import Sampling
 from pjpo.types import CHOSEN, REJECTED, Batch
@@ -131,6 +131,10 @@ class Openings:
             if getattr(self, name) < least:
                 raise ValueError(f"openings: {name} must be >= {least}, got {getattr(self, name)}")
 
+    @property
+    def shape(self) -> Shape:
+        return Shape(num_completions=0, prompt_tokens=self.opening_tokens)
+
     def build(self, context) -> Data:
         """Encodes with `context.tokenizer`.
 
@@ -179,6 +183,10 @@ class SampledPairs:
                 raise ValueError(f"sampled pairs: {name} must be >= {smallest}, got {getattr(self, name)}")
         if not 0 <= self.min_margin < 2:
             raise ValueError(f"sampled pairs: min_margin must be in [0, 2), got {self.min_margin}")
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(num_completions=2, prompt_tokens=self.opening_tokens, completion_tokens=self.max_completion_tokens)
 
     def build(self, context) -> Data:
         """Samples and ranks with `context.policy`, `params`, `tokenizer` and `key`.
@@ -259,6 +267,10 @@ class Texts:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"review texts: {name} must be >= {smallest}, got {getattr(self, name)}")
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(num_completions=1, prompt_tokens=self.opening_tokens, completion_tokens=self.max_completion_tokens)
 
     def build(self, context) -> Data:
         """Encodes with `context.tokenizer`.

@@ -10,6 +10,8 @@ from pjpo.data import files, rows
 class Config(files.Completions):
     turns: rows.Turns = "last"  # of chat messages, which the assistant's loss counts: the last turn, or all
 
+    num_completions = 1
+
     def __post_init__(self):
         super().__post_init__()
         if self.turns not in get_args(rows.Turns):

@@ -28,7 +28,7 @@ import json
 from typing import Any, Literal, get_args
 
 from pjpo.data.encode import Limits, encode
-from pjpo.data.examples import Data, Examples, Tally
+from pjpo.data.examples import Data, Examples, Shape, Tally
 from pjpo.data.plain import plain
 from pjpo.data.rows import Row
 from pjpo.rewards.reasoning_gym import package, scorer
@@ -57,6 +57,10 @@ class Config:
         if self.form not in get_args(Form):
             raise ValueError(f"tasks: form must be one of {', '.join(get_args(Form))}, got {self.form!r}")
         _ = self._settings  # refuses bad ones
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(num_completions=0)
 
     def build(self, context: Any) -> Data:
         """Generates, and encodes with `context.tokenizer`.

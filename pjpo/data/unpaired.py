@@ -10,3 +10,4 @@ class Config(files.Completions):
     """One completion a prompt; `labels` [B, 1] of a batch are true where it is desirable."""
 
     read_row = staticmethod(rows.unpaired)
+    num_completions = 1

@@ -17,6 +17,7 @@ import jax
 import tyro
 
 from pjpo import models, optim, plan, sharding, step
+from pjpo.data import examples
 from pjpo.experiment import Experiment
 from pjpo.methods import dpo
 from pjpo.models import lora
@@ -31,10 +32,13 @@ class Options:
     experiment: str | None = None  # take what follows from an experiment, and its method
     program: Literal["both", "update", "generation"] = "both"
     batch_size: int = 0  # prompts, over all devices; 0 is one for each device that the batch is cut over
-    prompt_tokens: int = 512
-    completion_tokens: int = 512
-    num_completions: int = 2  # of each prompt
+    sampling_batch_size: int | None = None  # prompts decoded together; None: the rollout's, or batch_size
+    # None: what the experiment samples, or its data holds at most. If nothing says, 512 or what the model has room for.
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    num_completions: int | None = None  # of each prompt; 2 without an experiment
     num_microbatches: int = 1
+    pack: bool = False
     mesh: sharding.Config = dataclasses.field(default_factory=lambda: sharding.Config(data=1, fsdp=-1))
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products and activations
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights at rest, and so of the optimizer
@@ -42,14 +46,18 @@ class Options:
     remat: bool = True
     attention: Literal["plain", "flash"] = "plain"
     lora: lora.Config = dataclasses.field(default_factory=lambda: lora.Config(rank=0))
+    scalar_head: bool = False  # for reward models and critics
     reference: step.Reference = "online"
     optimizer: optim.Config = dataclasses.field(default_factory=lambda: optim.Config(learning_rate=1e-6))
     loss: tyro.conf.Suppress[Callable] = dpo.loss
     method: tyro.conf.Suppress[Any] = dataclasses.field(default_factory=dpo.Config)
+    rollouts: tyro.conf.Suppress[Any] = None
+    critic: tyro.conf.Suppress[Any] = None  # an experiment's; its weights are taken to be as many as the model's
 
 
-OF_EXPERIMENT = ("mesh", "batch_size", "num_microbatches", "reference", "optimizer", "loss", "method")
-OF_MODEL = ("dtype", "param_dtype", "scan_layers", "remat", "attention", "lora")
+OF_WORK = ("num_microbatches", "reference", "optimizer", "loss", "method", "pack", "rollouts")
+OF_EXPERIMENT = (*OF_WORK, "mesh", "batch_size", "critic")
+OF_MODEL = ("dtype", "param_dtype", "scan_layers", "remat", "attention", "lora", "scalar_head")
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -62,20 +70,60 @@ def parse(argv: list[str] | None = None) -> Options:
         raise ValueError(f"plan: {options.experiment} is a study of many trainings; name an experiment, which is one")
     settings = {name: getattr(found, name) for name in OF_EXPERIMENT}
     settings |= {name: getattr(found.model, name) for name in OF_MODEL}
+    settings |= sizes_of(found)
+    if options.batch_size:  # another number of prompts, of which a rollout's would not be a multiple
+        settings["sampling_batch_size"] = None
     default = dataclasses.replace(options, **settings)
-    return tyro.cli(Options, args=argv, default=default, prog="python -m pjpo.plan", description=__doc__)
+    options = tyro.cli(Options, args=argv, default=default, prog="python -m pjpo.plan", description=__doc__)
+    if options.num_completions is None:
+        raise ValueError(
+            f"plan: {options.experiment} does not say how many completions a row of its data holds; give "
+            "--num-completions: 2 for pairs, 1 for single texts, or let its data config have a shape "
+            "(pjpo.data.examples.Shape)"
+        )
+    return options
+
+
+def sizes_of(found: Experiment) -> dict[str, int | None]:
+    """Prompts and completions as far as the experiment states them: those it samples, or its data's limits."""
+    sizes = dataclasses.asdict(getattr(found.data, "shape", examples.Shape()))
+    if not (rollouts := found.rollouts):
+        return sizes
+    sampled = {"num_completions": rollouts.num_completions, "completion_tokens": rollouts.max_completion_tokens}
+    return sizes | sampled | {"sampling_batch_size": rollouts.sampling_batch_size or rollouts.prompts_per_rollout}
 
 
 def work_of(options: Options, mesh: jax.sharding.Mesh) -> plan.Work:
-    settings = {name: getattr(options, name) for name in OF_MODEL}
-    settings["lora"] = options.lora if options.lora.rank else None
-    if options.model in shapes.SHAPES:
-        config = models.decoder.Config(**shapes.SHAPES[options.model] | settings)
-    else:
-        config = models.shape(options.model, **settings)
-    names = [field.name for field in dataclasses.fields(plan.Work) if field.name not in ("model", "batch_size")]
-    batch_size = options.batch_size or sharding.num_batch_parts(mesh) * options.num_microbatches
-    return plan.Work(model=config, batch_size=batch_size, **{name: getattr(options, name) for name in names})
+    """What the options ask for.
+
+    Raises:
+        ValueError: a model that is not known, or sizes that cannot be.
+    """
+    model = shape_of(options.model, options)
+    prompt, completion = options.prompt_tokens, options.completion_tokens
+    if completion is None:
+        completion = min(512, max(1, model.max_positions // 2 if prompt is None else model.max_positions - prompt))
+    if prompt is None:
+        prompt = min(512, max(1, model.max_positions - completion))
+    return plan.Work(
+        model=model,
+        batch_size=options.batch_size or sharding.num_batch_parts(mesh) * options.num_microbatches,
+        sampling_batch_size=options.sampling_batch_size,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        num_completions=2 if options.num_completions is None else options.num_completions,
+        critic=options.critic and dataclasses.replace(shape_of(options.model, options.critic), scalar_head=True),
+        **{name: getattr(options, name) for name in OF_WORK},
+    )
+
+
+def shape_of(source: str, settings: Any) -> models.decoder.Config:
+    """A model of these settings, those of the options or of an experiment's model."""
+    chosen = {name: getattr(settings, name) for name in OF_MODEL}
+    chosen["lora"] = settings.lora if settings.lora.rank else None
+    if source in shapes.SHAPES:
+        return models.decoder.Config(**shapes.SHAPES[source] | chosen)
+    return models.shape(source, **chosen)
 
 
 def describe(title: str, cost: plan.Cost, chip: chips.Chip | None) -> str:
@@ -107,14 +155,17 @@ def run(options: Options) -> None:
     work = work_of(options, mesh)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"{options.model} on {options.topology}, {len(devices)} devices: {axes}")
-    print(
-        f"{work.batch_size} prompts of {work.prompt_tokens} tokens, "
-        f"{work.num_completions} completions of {work.completion_tokens} each"
-    )
+
+    def title(what: str, num_prompts: int, num_completions: int) -> str:
+        each = f"{num_completions} completion{'s' * (num_completions > 1)} of {work.completion_tokens}"
+        return f"{what}, {num_prompts} prompts of {work.prompt_tokens} tokens with {each} each"
+
     if options.program != "generation":
-        print(describe("update", plan.of_update(work, mesh, chip), chip))
+        cost = plan.of_update(work, mesh, chip)
+        print(describe(title("update", work.batch_size, work.num_trained), cost, chip))
     if options.program != "update":
-        print(describe("generation", plan.of_generation(work, mesh, chip), chip))
+        cost = plan.of_generation(work, mesh, chip)
+        print(describe(title("generation", work.num_sampled_prompts, work.num_completions), cost, chip))
 
 
 def main(argv: list[str] | None = None) -> None:

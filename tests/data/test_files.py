@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from pjpo.data import preference, prompts, supervised, unpaired
+from pjpo.data import gsm8k, preference, prompts, supervised, unpaired
 from pjpo.data.buckets import Buckets, collate
 from pjpo.methods import slic
 from tests.data.fakes import ByteTokenizer, write_rows
@@ -49,6 +49,27 @@ def test_pairs_come_with_an_account_of_every_row(tmp_path):
     json.dumps(data.counts)
     assert "skipped, identical completions: 2 (rows.jsonl.gz:2, rows.jsonl.gz:7)\n" in data.about
     assert "encoding differ: 1 (rows.jsonl.gz:5)\n" in data.about
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "num_completions"),
+    [
+        (preference, {}, 2),
+        (preference, {"with_target": True}, 3),
+        (unpaired, {}, 1),
+        (supervised, {}, 1),
+        (prompts, {}, 0),
+        (gsm8k, {"template": "{question}", "form": "plain"}, 0),
+    ],
+)
+def test_a_config_says_what_its_rows_will_be(tmp_path, kind, settings, num_completions):
+    row = dict.fromkeys(("prompt", "chosen", "completion", "target", "question", "answer"), "Why?")
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"rejected": "No.", "label": True}])
+    limits = {"max_prompt_tokens": 7} | ({"max_completion_tokens": 9} if num_completions else {})
+    config = kind.Config(path=path, **limits, **settings)
+    (example,) = config.build(CONTEXT).train
+    assert config.shape.num_completions == len(example.completions) == num_completions
+    assert (config.shape.prompt_tokens, config.shape.completion_tokens) == (7, 9 if num_completions else None)
 
 
 def test_a_target_is_a_third_completion(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pjpo.data import mixture, preference, prompts
 from pjpo.data.batches import Batches
 from pjpo.data.buckets import Buckets
+from pjpo.data.examples import Shape
 from tests.data.fakes import write_rows
 from tests.data.test_files import CONTEXT, ids, pairs
 
@@ -36,6 +38,15 @@ def test_a_mixture_says_of_each_row_where_it_came_from(tmp_path):
     assert data.counts == {"a/rows": 4, "a/used": 4, "b/rows": 6, "b/used": 6}
     assert "a, weight 3: " in data.about
     assert "together 8 examples to train on, 2 held out" in data.about
+
+
+def test_a_mixture_is_as_wide_as_its_widest_part_where_all_of_them_know(tmp_path):
+    limits = [{"max_prompt_tokens": 5, "max_completion_tokens": 9}, {"max_prompt_tokens": 8}]
+    parts = [make_parts(tmp_path, (1,), (1,), **limit)[0] for limit in limits]
+    parts[1] = dataclasses.replace(parts[1], name="b")
+    assert mixture.Config(parts=tuple(parts)).shape == Shape(num_completions=2, prompt_tokens=8)
+    unknown = mixture.Part(name="c", data=object())
+    assert mixture.Config(parts=(parts[0], unknown)).shape == Shape()
 
 
 @pytest.mark.parametrize("num_groups", [None, 1])
