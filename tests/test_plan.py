@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -570,6 +571,37 @@ def test_experiments_that_cannot_be_planned_are_refused(changes, arguments, mess
     monkeypatch.setattr(registry, "get", lambda name: found)
     with pytest.raises(ValueError, match=f"^{message}"):
         command.run(command.parse(["tiny", "--topology", "cpu:8", "--experiment", "made_up", *arguments.split()]))
+
+
+@pytest.mark.parametrize(("name", "gib"), [("v5e", 15.75), ("v5p", 95), ("v6e", 31.25)])
+def test_a_program_fits_up_to_what_the_compiler_leaves_it(name, gib):
+    """Arguments, temporaries and what lies beside them, to the byte."""
+    sharded = jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    sizes = {"argument_size_in_bytes": 2**30, "temp_size_in_bytes": int(gib * 2**30) - 2**30 - 4000}
+    sizes |= dict.fromkeys(("output_size_in_bytes", "alias_size_in_bytes", "generated_code_size_in_bytes"), 0)
+
+    def fits(more):
+        memory = types.SimpleNamespace(**sizes | {"temp_size_in_bytes": sizes["temp_size_in_bytes"] + more})
+        compiled = types.SimpleNamespace(
+            memory_analysis=lambda: memory, as_text=lambda: GROUPED.format("dimensions={0}")
+        )
+        program = types.SimpleNamespace(compile=lambda: compiled)
+        return plan._cost(program, {}, {"reference": sharded}, chips.CHIPS[name]).fits
+
+    assert [fits(0), fits(1)] == [True, False]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_no_more_memory_is_counted_on_than_the_compiler_has(topology):
+    if not chips.has_compiler():
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    chip, (device, *_) = chips.devices(topology)
+    where = jax.sharding.SingleDeviceSharding(device)
+    large = jax.ShapeDtypeStruct((2**35,), jnp.float32, sharding=where)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: x + 1).lower(large).compile()
+    available = float(re.search(r"available HBM \(([\d.]+)G\)", str(refused.value))[1])
+    assert chip.hbm / chips.GIB == min(available, {"v5e": 16, "v5p": 95, "v6e": 32}[topology[:3]])
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -131,7 +131,7 @@ def describe(title: str, cost: plan.Cost, chip: chips.Chip | None) -> str:
     lines = [f"\n{title}: memory of a device, GiB"]
     parts = cost.held | {"activations, temporaries": cost.temporary}
     lines += [f"  {name:26}{size / GIB:10.2f}" for name, size in parts.items()]
-    room = "" if chip is None else f" of {chip.hbm / GIB:.0f}: {'fits' if cost.fits else 'DOES NOT FIT'}"
+    room = "" if chip is None else f" of {chip.hbm / GIB:g}: {'fits' if cost.fits else 'DOES NOT FIT'}"
     lines.append(f"  {'together':26}{sum(parts.values()) / GIB:10.2f}{room}")
     if cost.program is None:
         return "\n".join([*lines, "  refused by the compiler, so there is nothing more to read"])

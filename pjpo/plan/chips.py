@@ -17,7 +17,7 @@ class Chip:
     """Per chip. A collective is taken to run around one axis of the torus, both ways at once."""
 
     flops: float  # a second, bfloat16, dense
-    hbm: int  # bytes
+    hbm: int  # bytes that programs can have: the maker's figure, or what the compiler leaves of it, if that is less
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second over all links, both directions added
     torus_axes: int
@@ -31,9 +31,9 @@ class Chip:
 
 DOCS = "https://docs.cloud.google.com/tpu/docs"  # read in November 2026
 CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819 * GB, 400 * GB, 2, f"{DOCS}/v5e"),
+    "v5e": Chip(197e12, int(15.75 * GIB), 819 * GB, 400 * GB, 2, f"{DOCS}/v5e"),
     "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 1200 * GB, 3, f"{DOCS}/v5p"),
-    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 800 * GB, 2, f"{DOCS}/v6e"),
+    "v6e": Chip(918e12, int(31.25 * GIB), 1638 * GB, 800 * GB, 2, f"{DOCS}/v6e"),
 }
 # The compiler asks a TPU that it runs on what it is; here there is none to ask, or to take from another process.
 NO_TPU = {
