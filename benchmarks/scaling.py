@@ -79,6 +79,12 @@ ROWS = {
         ("Llama-3.1-8B", "v6e:4x4", (1, 8, 2), 4),
         ("Llama-3.1-8B", "v5p:2x2x4", (2, 8, 1), 4),
         ("Llama-3.1-8B", "v5e:16x16", (4, 64, 1), 1),
+        ("Llama-3.1-70B", "v6e:8x16", (1, 32, 4), 4),
+        ("Llama-3.1-70B", "v5p:2x4x4", (1, 32, 1), 1),
+        ("Llama-3.1-70B", "v5p:2x2x4", (1, 16, 1), 1),
+        ("Llama-3.2-1B", "v5e:8x16", (32, 4, 1), 2),
+        ("Llama-3.2-1B", "v6e:8x16", (32, 4, 1), 4),
+        ("Llama-3.1-8B", "v5e:8x16", (2, 32, 2), 2),
     ],
     "generation": [
         ("Llama-3.2-1B", "v5e:2x2", (1, 4, 1), 8),
@@ -132,7 +138,7 @@ def table(lines: list[dict]) -> str:
         times[1] = times[1] and bound + times[1]
         size, parts = math.prod(mesh), math.prod(mesh[:2])
         laid = f"{' x '.join(map(str, mesh))}; {pairs * parts / size:g}"
-        rows.append([model, f"{topology}, {size} chips", laid, used, f"{chip.hbm / chips.GIB:.0f}", *times])
+        rows.append([model, f"{topology}, {size} chips", laid, used, f"{chip.hbm / chips.GIB:g}", *times])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
