@@ -2,8 +2,8 @@
 
     python -m experiments.unpacking_glass
 
-SFT has to teach it what a pretrained model knows: to write sentences about films that end. Seven minutes on a CPU core;
-what came out, PPO behind DPO, is in docs/studies/unpacking_glass.md.
+SFT has to teach it what a pretrained model knows: to write sentences about films that end. Eight minutes on a CPU core;
+what came out, PPO ahead of DPO by less than the intervals, is in docs/studies/unpacking_glass.md.
 """
 
 import dataclasses
