@@ -30,6 +30,7 @@ MODELS = {
     },
     "bfloat16 weights": {"param_dtype": "bfloat16", "tied_head": False},
     "a window that leaves prompts behind": {"sliding_window": 4},
+    "three queries for a key": {"num_heads": 3, "num_kv_heads": 1},
     "logits that are capped, and colder": {"logit_softcap": 2.0, "temperature": 0.6},
 }
 SETTINGS = Sampling(num_completions=3, max_completion_tokens=6)
