@@ -34,7 +34,6 @@ METHOD = dataclasses.replace(grpo.GRPO, beta=0.1)
 
 class Alphabet:
     stop_ids = (0, 1, 2, 3)
-    fingerprint = "letters"
 
     def decode(self, ids, skip_special=True):
         return "".join(chr(97 + i) for i in ids)
@@ -574,6 +573,7 @@ def test_killed_within_rollouts_it_ends_with_the_same_bits(tmp_path, model, cach
     same(program, alone)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_rollout_first(tmp_path, model, cache, alone):
     program = Online(tmp_path, model, cache)
     process = program.begin()

@@ -79,6 +79,7 @@ def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
         prompts_per_rollout=16,
         num_completions=2,
         max_completion_tokens=8,
+        halvings=0,
     )
     training = bench.Training(num_steps=3, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
     openings = begin.openings("train", 16)
@@ -109,6 +110,7 @@ def test_a_critic_begins_as_the_reward_model_and_learns_apart_from_the_policy():
         num_completions=1,
         max_completion_tokens=8,
         stop=(".", "!", "?"),
+        halvings=0,
     )
     method = ppo.Config(beta=0.0, lam=1.0, value_weight=1.0)  # all that there is to learn is that returns are 0
     training = bench.Training(num_steps=1, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
