@@ -75,8 +75,8 @@ def smoke(tmp_path_factory):
     return of
 
 
-# Two go from pairs that one samples, and from texts, to their reports; the others' smoke runs are slow.
-QUICK = ("dpo_glass", "sft_reviews")
+# One goes from pairs that it samples itself to its report; the others' smoke runs are slow.
+QUICK = ("dpo_glass",)
 NAMES = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in EXPERIMENTS]
 
 

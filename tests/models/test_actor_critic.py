@@ -121,6 +121,7 @@ def other(tmp_path_factory):
     return tiny_llama.write_folder(tmp_path_factory.mktemp("other"), config, tiny_llama.tensors(config, seed=1))
 
 
+@pytest.mark.slow
 def test_rto_s_dpo_policy_and_its_reference_may_each_be_another_model(model, other, tmp_path):
     """The start as reference, and another model as the DPO policy; and the other way round, which starts at DPO's."""
     of_rto = {"loss": rto.loss, "method": rto.Config(dpo_clip=None), "critic": Model(source=str(model))}

@@ -71,6 +71,7 @@ def test_a_pair_is_two_rows_of_kto(start, pairs):
     assert last["loss"] == pytest.approx(0.5, abs=1e-5)  # policy and reference agree
 
 
+@pytest.mark.slow
 def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
     begin = bench.Config(model=Model(source="glassllm-en", scalar_head=True), max_completion_tokens=8).load()
     moved = jax.tree.map(lambda x: 1.05 * x, begin.params)
