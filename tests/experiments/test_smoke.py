@@ -167,6 +167,7 @@ def test_dpo_sees_the_held_out_pairs(smoke):
     assert list(smoke("dpo_hh").folder.parent.parent.glob("reference_logps/*/about.json"))
 
 
+@pytest.mark.slow
 def test_sft_learns(smoke):
     run = smoke("sft_reviews").run
     assert not any("rewards/" in name for name in run.metrics)

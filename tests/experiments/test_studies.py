@@ -61,6 +61,7 @@ def test_the_words_of_a_goal_are_not_scored(start, monkeypatch):
     assert goals_glass.reward(start, start.params, praise) == pytest.approx(start.rewards(fixed).mean())
 
 
+@pytest.mark.slow
 def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     model = Model(source="glassllm-en", scalar_head=True)
     begin = bench.Config(model=model, num_held_out=6, num_completions=2, max_completion_tokens=8).load()

@@ -97,6 +97,7 @@ def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
     assert learn(ref_params=moved, dpo_params=moved)[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_critic_begins_as_the_reward_model_and_learns_apart_from_the_policy():
     begin = bench.Config(
         model=Model(source="glassllm-en", scalar_head=True), max_completion_tokens=8, stop=(".", "!", "?")
