@@ -6,7 +6,7 @@ work. The variants of a job take turns in one process, step by step, as the load
 - `default`: what users get;
 - `no_sharing`: every completion computes its own copy of the prompt;
 - `full_head`: all logits at once, differentiated by JAX;
-- `transposed`: kernels that are not read in pieces (generation in float32);
+- `transposed`: products of XLA instead of outer products (generation in float32);
 - `plain_products`: products as JAX writes them, in the compute dtype;
 - `no_packing`: padding goes through every product (jobs of variable lengths);
 - `sft`: the supervised loss on the same completions (jobs with a stored reference);
@@ -481,7 +481,9 @@ PATCHES = {
     "plain_products": {
         "pjpo.models.decoder.product": plain_product,
         "pjpo.models.decoder.few_rows": lambda x, kernel, transposed: plain_product(x, kernel),
+        "pjpo.models.decoder.streamed_rows": plain_product,
         "pjpo.sampling.few_rows": lambda x, kernel, transposed: products.dot(x, kernel, (x.ndim - 1,), (0,)),
+        "pjpo.sampling.streamed_rows": lambda x, kernel: products.dot(x, kernel, (x.ndim - 1,), (0,)),
         "pjpo.logps.contract_rows": lambda a, b: products.dot(a, b, tuple(range(a.ndim - 1)), tuple(range(a.ndim - 1))),
     },
 }

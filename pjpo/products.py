@@ -7,6 +7,7 @@ gradient transposes its left operand into a real array first.
 """
 
 import functools
+import math
 import pathlib
 
 import jax
@@ -56,21 +57,17 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
     """A handful of rows x [.., D] times kernel [D, *out], given also as `transposed` [*out, D]; float32, no gradient.
 
     A CPU spends such a product on reading the kernel, which is fastest where the kernel is the left operand. Float32
-    rows meet a bfloat16 kernel in three bfloat16 parts, which lose nothing: half the bytes, and the matrix unit. A
-    float32 kernel may come in pieces instead, see `to_streams`.
+    rows meet a bfloat16 kernel in three bfloat16 parts, which lose nothing: half the bytes, and the matrix unit.
     """
 
     def kernel_left(x, kernel, transposed):
         # The barriers: or XLA computes what made the rows again at each use, and turns the product around.
         rows = lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
-        if transposed.ndim > kernel.ndim:
-            out = _from_streams(rows, transposed.reshape(len(transposed), -1, transposed.shape[-1]))
-        else:
-            left = transposed.reshape(-1, x.shape[-1])
-            in_parts = (rows.dtype, left.dtype) == (jnp.float32, jnp.bfloat16)
-            right = _bfloat16_parts(rows).reshape(-1, x.shape[-1]) if in_parts else rows.astype(left.dtype)
-            out = lax.optimization_barrier(dot(left, right, (1,), (1,)))
-            out = out.reshape(len(left), -1, len(rows)).sum(1).T
+        left = transposed.reshape(-1, x.shape[-1])
+        in_parts = (rows.dtype, left.dtype) == (jnp.float32, jnp.bfloat16)
+        right = _bfloat16_parts(rows).reshape(-1, x.shape[-1]) if in_parts else rows.astype(left.dtype)
+        out = lax.optimization_barrier(dot(left, right, (1,), (1,)))
+        out = out.reshape(len(left), -1, len(rows)).sum(1).T
         return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
     def ordinary(x, kernel, transposed):
@@ -79,32 +76,46 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
     return lax.platform_dependent(x, kernel, transposed, cpu=kernel_left, default=ordinary)
 
 
-# What `to_streams` needs of the compiler: sums that may be reordered, nan and infinity as they are, wide registers.
-REORDERED = {
-    "xla_cpu_enable_fast_math": True,
-    **{f"xla_cpu_fast_math_honor_{what}": True for what in ("infs", "nans", "division", "functions")},
-    "xla_cpu_prefer_vector_width": 512,
-}
-REGISTER = 16  # float32 numbers
-MOST_STREAMED = 2 * REGISTER  # rows; for more, the kernel would be read too often, once for each 16
-WIDEST_STREAMED = 1024  # of which 16 rows stay near the processor
+LANES = STREAMS = 16  # float32 numbers of a register; rows of a kernel that are read at a time, a register for each
+WIDE = {"xla_cpu_prefer_vector_width": 32 * LANES}  # compiler options
+MOST_STREAMED = 64  # rows; with more, XLA's own products are as fast
+BLOCK = 512 * LANES  # sums of more outputs than this leave the processor's cache between two of its rows
 
 
-def to_streams(transposed: Array, axis: int = 0) -> Array:
-    """float32 [*layers, *out, D] -> [*layers, S, *out, D/S], S at `axis`: as `few_rows` reads it fastest on a CPU.
+def streamed_rows(x: Array, kernel: Array) -> Array:
+    """A handful of rows x [.., D] times a float32 kernel [D, *out], as outer products; float32, no gradient.
 
-    Kernels wider than `WIDEST_STREAMED` stay as they are.
-
-    XLA's products pack a kernel first and multiply after, so they wait for memory, then for the processor. Sums that
-    are written out are one loop over the kernel as it lies, with a register for each row. That loop reads all pieces at
-    a time, as memory does not keep up with one alone. This is for programs that are compiled as `REORDERED` says, for
-    processors of `has_wide_registers`, and for `MOST_STREAMED` rows at most; elsewhere it is far slower.
+    XLA's products pack a kernel first and multiply after, so they wait for memory, then for the processor. Here 16 rows
+    of the kernel are read at a time, from where they lie, as memory does not keep up with one stream alone. Sixteen
+    numbers of each are multiplied, while they stay in registers, with what each row of x has for them. This is for
+    programs compiled as `WIDE` says, for processors of `has_wide_registers`, and for at most `MOST_STREAMED` rows.
+    Where D or the number of outputs is no multiple of 16, it is XLA's product.
     """
-    width = transposed.shape[-1]
-    if width > WIDEST_STREAMED:
-        return transposed
-    pieces = next((n for n in (4, 3, 2, 5, 7) if width % (n * REGISTER) == 0), 1)
-    return jnp.moveaxis(transposed.reshape(*transposed.shape[:-1], pieces, -1), -2, axis)
+    shape, width, num_out = (*x.shape[:-1], *kernel.shape[1:]), len(kernel), math.prod(kernel.shape[1:])
+    x = x.astype(kernel.dtype)
+    if width % STREAMS or num_out % LANES:
+        return dot(x, kernel, (x.ndim - 1,), (0,))
+    kernel = kernel.reshape(STREAMS, -1, num_out // LANES, LANES)
+    rows = x.reshape(-1, STREAMS, width // STREAMS).T  # [D / 16, 16, R]
+    size = (BLOCK if num_out % BLOCK == 0 else num_out) // LANES
+
+    def block(first: Array) -> Array:
+        """Outputs from `first` on, [size, R, LANES]."""
+
+        def add(step: Array, sums: Array) -> Array:
+            def outer(stream: int) -> Array:
+                weights = lax.dynamic_slice(kernel, (stream, step, first, 0), (1, 1, size, LANES))
+                factors = lax.dynamic_slice(rows, (step, stream, 0), (1, 1, rows.shape[-1]))
+                return weights.reshape(size, 1, LANES) * factors.reshape(1, -1, 1)
+
+            # Two sums that do not wait for each other.
+            return sum(map(outer, range(0, STREAMS, 2)), sums) + sum(map(outer, range(3, STREAMS, 2)), outer(1))
+
+        return lax.fori_loop(0, width // STREAMS, add, jnp.zeros((size, rows.shape[-1], LANES), kernel.dtype))
+
+    blocks = jnp.arange(0, num_out // LANES, size)
+    sums = block(blocks[0]) if len(blocks) == 1 else lax.map(block, blocks).reshape(-1, rows.shape[-1], LANES)
+    return sums.swapaxes(0, 1).reshape(shape)
 
 
 @functools.cache
@@ -120,20 +131,6 @@ def has_matrix_unit() -> bool:
     """Whether the processor multiplies matrices of bfloat16 in hardware (AMX), as Linux tells."""
     path = pathlib.Path("/proc/cpuinfo")
     return path.exists() and "amx_bf16" in path.read_text()
-
-
-def _from_streams(rows: Array, streams: Array) -> Array:
-    """rows [R, D] times streams [S, O, D/S] -> [R, O]."""
-    parts = rows.astype(streams.dtype).reshape(len(rows), len(streams), -1)
-    if len(rows) == 1:
-        of_pieces = [dot(part, piece, (1,), (1,)) for part, piece in zip(parts.swapaxes(0, 1), streams, strict=True)]
-        return jnp.stack(of_pieces).sum(0)
-    out = []
-    for group in np.array_split(np.arange(len(rows)), -(-len(rows) // REGISTER)):
-        products = [sum(piece * part[None] for piece, part in zip(streams, parts[i], strict=True)) for i in group]
-        nought = [jnp.zeros((), streams.dtype)] * len(group)
-        out += lax.reduce(products, nought, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,))
-    return jnp.stack(lax.optimization_barrier(out))
 
 
 def _product(x: Array, kernel: Array, cut: tuple[str | None, ...] = ()) -> Array:

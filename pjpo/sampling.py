@@ -19,18 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pjpo.logps import soft_cap
 from pjpo.models import attention
-from pjpo.models.decoder import Decoder, head_table, transpose_kernels
+from pjpo.models.decoder import Decoder, head_table, stream_kernels, transpose_kernels
 from pjpo.models.embedding import check_ids
 from pjpo.packing import prompt_keys
-from pjpo.products import (
-    MOST_STREAMED,
-    REORDERED,
-    WIDEST_STREAMED,
-    few_rows,
-    has_matrix_unit,
-    has_wide_registers,
-    to_streams,
-)
+from pjpo.products import MOST_STREAMED, WIDE, few_rows, has_matrix_unit, has_wide_registers, streamed_rows
 from pjpo.types import Batch, as_field
 
 
@@ -117,10 +109,10 @@ def generate(policy, params: dict, prompts: Any, key: Any, sampling: Sampling) -
 
 
 def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
-    """The jitted function that decodes these: `streamed` where kernels can be read in pieces, else `transposed`.
+    """The jitted function that decodes these: `streamed` where `products.streamed_rows` is fast, else `transposed`.
 
-    Pieces (see `pjpo.products.to_streams`) are for few rows in float32 on one CPU, in a program with its own options;
-    and for bfloat16, where the processor has no matrix unit for it: in twice the memory.
+    That is for few rows in float32 on one CPU, in a program with its own options; and for bfloat16, where the processor
+    has no matrix unit for it: in twice the memory.
     """
     leaves = jax.tree.leaves((params, prompts, keys, jnp.zeros(())))  # the last is traced where everything is
     dtypes = {config.dtype, config.param_dtype}
@@ -129,7 +121,7 @@ def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
         return transposed
     devices = set().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
     on_one_cpu = [device.platform for device in devices] == ["cpu"]
-    fits = 1 < keys.size <= MOST_STREAMED and config.model_dim <= WIDEST_STREAMED and has_wide_registers()
+    fits = 1 < keys.size <= MOST_STREAMED and has_wide_registers()
     return streamed if on_one_cpu and fits else transposed
 
 
@@ -170,10 +162,10 @@ def _as_key(key: Any) -> Array:
     return jax.random.wrap_key_data(jnp.asarray(key)) if key.ndim else jax.random.key(key)  # PRNGKey's, or a seed
 
 
-def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array, *, in_pieces: bool) -> Completions:
+def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array, by_streams: bool) -> Completions:
     num_prompts, width = prompts.tokens.shape
     decoder = Decoder(config)
-    table = head_table(config, params).astype("float32" if in_pieces else config.decoding_dtype)
+    table = head_table(config, params).astype("float32" if by_streams else config.decoding_dtype)
     positions = (prompts.mask.cumsum(1) - 1).clip(0)
     _, caches = decoder.apply(params, prompts.tokens, positions, Partial(attention.prefill, prompts.mask), None)
     visible = prompt_keys(prompts.mask)
@@ -186,8 +178,11 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
         return attention.decode_cache(cache, sampling.num_completions, sampling.max_completion_tokens)
 
     caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
-    params = transpose_kernels(config, params, in_pieces)
-    rows = jax.lax.optimization_barrier(to_streams(table)) if in_pieces else table
+    params = stream_kernels(params) if by_streams else transpose_kernels(config, params)
+    if by_streams:
+        head = Partial(streamed_rows, kernel=jax.lax.optimization_barrier(table.T))
+    else:
+        head = Partial(few_rows, kernel=table.T, transposed=table)
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))
     start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
     growing = _Growing(
@@ -198,7 +193,7 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
         attend = Partial(attention.decode, now.visible, now.step)
         positions = jnp.broadcast_to(now.length - 1 + now.step, now.ended.shape)
         hidden, caches = decoder.apply(params, now.inputs, positions, attend, now.caches)
-        logits = soft_cap(few_rows(hidden, table.T, rows), config.logit_softcap) / config.temperature  # [B, N, V]
+        logits = soft_cap(head(hidden), config.logit_softcap) / config.temperature  # [B, N, V]
         tokens = jnp.where(now.ended, 0, choose(sampling, logits, _step_keys(now.keys, now.step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         logps = jnp.where(now.ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))
@@ -226,8 +221,8 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
     return finish(growing, sampling.halvings)
 
 
-transposed = jax.jit(functools.partial(_decode, in_pieces=False), static_argnums=(0, 1))
-streamed = jax.jit(functools.partial(_decode, in_pieces=True), static_argnums=(0, 1), compiler_options=REORDERED)
+transposed = jax.jit(functools.partial(_decode, by_streams=False), static_argnums=(0, 1))
+streamed = jax.jit(functools.partial(_decode, by_streams=True), static_argnums=(0, 1), compiler_options=WIDE)
 
 
 class _Growing(NamedTuple):

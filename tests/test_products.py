@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo.products import REORDERED, contract_rows, dot, few_rows, product, scale_columns, to_streams
+from pjpo.products import BLOCK, LANES, WIDE, contract_rows, dot, few_rows, product, scale_columns, streamed_rows
 
 
 def draw(*shapes, dtype):
@@ -50,22 +50,21 @@ def test_few_rows_of_float32_lose_nothing_to_a_kernel_of_either_dtype(kernel_dty
         np.testing.assert_array_equal(np.isnan(found), np.isnan(size))
 
 
-@pytest.mark.parametrize(("width", "pieces"), [(576, 4), (48, 3), (30, 1), (2048, None)])
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 32])
-def test_few_rows_and_a_kernel_in_pieces(width, pieces, num_rows):
-    (x,), (kernel,) = draw((num_rows, 1, width), dtype="float32"), draw((width, 2, 5), dtype="float32")
-    transposed = jnp.moveaxis(kernel, 0, -1)
-    streams = to_streams(transposed)
-    assert streams.shape == ((pieces, 2, 5, width // pieces) if pieces else (2, 5, width))
-    found = jax.jit(few_rows, compiler_options=REORDERED)(x.at[0, 0, 0].set(jnp.nan), kernel, streams)
+@pytest.mark.parametrize(
+    ("width", "out"),
+    [(576, (3, 16)), (48, (32,)), (16, (2 * BLOCK,)), (32, (BLOCK + LANES,)), (30, (16,)), (32, (5, 3))],
+)
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
+def test_few_rows_as_outer_products(width, out, num_rows):
+    (x,), (kernel,) = draw((num_rows, 1, width), dtype="float32"), draw((width, *out), dtype="float32")
+    streamed = jax.jit(streamed_rows, compiler_options=WIDE)
+    found = streamed(x.at[0, 0, 0].set(jnp.nan), kernel)
+    assert (found.shape, found.dtype) == ((num_rows, 1, *out), jnp.float32)
     assert np.isnan(found[0]).all()
     size = np.tensordot(np.abs(wide(x)), np.abs(wide(kernel)), 1)
     np.testing.assert_array_less(np.abs(wide(found) - np.tensordot(wide(x), wide(kernel), 1))[1:], 3e-7 * size[1:])
-    coarse = jax.jit(few_rows, compiler_options=REORDERED)(x.astype("bfloat16"), kernel, streams)
-    expected = jax.jit(few_rows)(x.astype("bfloat16").astype("float32"), kernel, transposed)
-    np.testing.assert_allclose(coarse, expected, rtol=0, atol=3e-7 * size.max())
-    stacked = to_streams(jnp.stack([transposed, 2 * transposed]), axis=1)
-    np.testing.assert_array_equal(stacked[1], 2 * streams)
+    coarse = streamed(x.astype("bfloat16"), kernel)
+    np.testing.assert_allclose(coarse, streamed(x.astype("bfloat16").astype("float32"), kernel), rtol=0, atol=0)
 
 
 def test_weights_of_another_dtype_are_cast_at_use_and_get_gradients_of_their_own():

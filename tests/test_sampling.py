@@ -86,19 +86,19 @@ def test_logps_of_a_pretrained_model_equal_teacher_forcing():
     )
 
 
-PIECES = [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}, {"param_dtype": "bfloat16"}]
+STREAMED = [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}, {"param_dtype": "bfloat16"}]
 
 
 @pytest.mark.skipif(not has_wide_registers(), reason="the processor has no registers of 512 bits")
-@pytest.mark.parametrize("settings", [*PIECES, {"dtype": "bfloat16"}])
-def test_few_rows_are_decoded_from_kernels_in_pieces(settings, monkeypatch):
+@pytest.mark.parametrize("settings", [*STREAMED, {"dtype": "bfloat16"}])
+def test_few_rows_are_decoded_by_streams(settings, monkeypatch):
     monkeypatch.setattr(sampling, "has_matrix_unit", lambda: False)
-    policy, prompts = tiny.make_policy(model_dim=64, mlp_dim=96, **settings), make_prompts()
+    policy, prompts = tiny.make_policy(vocab_size=48, model_dim=64, head_dim=8, mlp_dim=96, **settings), make_prompts()
     params, keys = tiny.make_params(policy), sequence_keys(jax.random.key(0), 4, 3)
     assert sampling.program(policy.config, params, prompts, keys) is sampling.streamed
-    shrinking = dataclasses.replace(SETTINGS, stop_tokens=(3, 8, 30), halvings=1)
+    shrinking = dataclasses.replace(SETTINGS, stop_tokens=(3, 6, 8, 28, 30), halvings=1)
     found = policy.generate(params, prompts, keys, shrinking)
-    expected = jax.jit(lambda params: policy.generate(params, prompts, keys, shrinking))(params)  # not in pieces
+    expected = jax.jit(lambda params: policy.generate(params, prompts, keys, shrinking))(params)  # not by streams
     same = (found.tokens == expected.tokens).all(-1)
     assert same.mean() >= (0.5 if "dtype" in settings else 1)  # in bfloat16 another sum may choose another token
     bound = 0.1 if "dtype" in settings else LOGPS_BOUND  # eight bits of a logit of twenty
@@ -106,7 +106,7 @@ def test_few_rows_are_decoded_from_kernels_in_pieces(settings, monkeypatch):
     assert 0 < found.mask.mean() < 1
 
 
-def test_kernels_come_in_pieces_for_few_rows_in_float32_on_one_cpu_alone():
+def test_streams_are_for_few_rows_in_float32_on_one_cpu_alone():
     policy, prompts = tiny.make_policy(), make_prompts()
     params = tiny.make_params(policy)
 
@@ -115,12 +115,11 @@ def test_kernels_come_in_pieces_for_few_rows_in_float32_on_one_cpu_alone():
         keys = sequence_keys(jax.random.key(0), 4, num_completions)
         return sampling.program(config, params, prompts, keys) is sampling.streamed
 
-    assert is_streamed(8) == has_wide_registers()
-    assert not is_streamed(9)  # 36 rows
+    assert is_streamed(16) == has_wide_registers()
+    assert not is_streamed(17)  # 68 rows
     assert not is_streamed(1, dtype="float64", param_dtype="float64")
     for name in ("dtype", "param_dtype"):
         assert is_streamed(1, **{name: "bfloat16"}) == (has_wide_registers() and not has_matrix_unit())
-    assert not is_streamed(1, model_dim=2048)
     assert not is_streamed(1, sharding.place(params, sharding.make_mesh()))
 
 

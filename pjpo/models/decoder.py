@@ -21,7 +21,7 @@ from pjpo.models.attention import Scoring
 from pjpo.models.decoder_config import Config
 from pjpo.models.embedding import lookup
 from pjpo.models.rope import rotary, rotate
-from pjpo.products import few_rows, product, scale_columns, to_streams
+from pjpo.products import few_rows, product, scale_columns, streamed_rows
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
 AXES = {
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """x [*rows, *D] times a kernel [*D, *out]; beside it, for decoding, `transpose_kernels` may have put [*out, D]."""
+    """x [*rows, *D] times a kernel [*D, *out]; for decoding see `transpose_kernels` and `stream_kernels`."""
 
     shape: tuple[int, ...]
     num_in: int  # how many leading axes of the kernel are contracted
@@ -91,7 +91,10 @@ class Kernel(nn.Module):
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
-        if self.has_variable("transposed", "kernel"):
+        if self.has_variable("streamed", "kernel"):
+            streamed = self.get_variable("streamed", "kernel").reshape(kernel.shape)
+            out = streamed_rows(x, streamed).astype(x.dtype)
+        elif self.has_variable("transposed", "kernel"):
             out = few_rows(x, kernel, self.get_variable("transposed", "kernel")).astype(x.dtype)
         else:
             parts = [layout.RULES.get(axis) for axis in AXES[self.name, "kernel"]]
@@ -221,7 +224,7 @@ class Decoder(nn.Module):
         if c.scan_layers:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "lora": 0, "transposed": 0},
+                variable_axes={"params": 0, "lora": 0, "transposed": 0, "streamed": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, nn.broadcast, 0),
                 length=c.num_layers,
@@ -271,28 +274,34 @@ def head_table(config: Config, params: dict) -> Float[Array, "V D"]:
     return params["params"]["embed" if config.tied_head else "head"]["table"]
 
 
-def transpose_kernels(config: Config, params: dict, in_pieces: bool = False) -> dict:
+def transpose_kernels(config: Config, params: dict) -> dict:
     """Parameters for decoding: beside each layer's kernel [*D, *out], its transpose [*out, D] in `decoding_dtype`.
 
     On a CPU that is a copy of the layers for as long as a call takes; elsewhere nothing reads it, so there is none.
-    `in_pieces`: in float32, as `pjpo.products.to_streams` has it.
     """
-
-    dtype = "float32" if in_pieces else config.decoding_dtype
 
     def transpose(path: tuple, kernel: Array) -> Array:
         first = 1 if config.scan_layers else 0
         num_in = first + (3 if path[-2].key == "out" else 1)
         layers, inputs, out = kernel.shape[:first], math.prod(kernel.shape[first:num_in]), kernel.shape[num_in:]
-        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1).astype(dtype)
-        return jax.lax.optimization_barrier(to_streams(matrix, first) if in_pieces else matrix)
+        matrix = jnp.moveaxis(kernel.reshape(*layers, inputs, *out), first, -1).astype(config.decoding_dtype)
+        return jax.lax.optimization_barrier(matrix)
 
+    return params | {"transposed": jax.tree_util.tree_map_with_path(transpose, _kernels(params))}
+
+
+def stream_kernels(params: dict) -> dict:
+    """Parameters for decoding by `pjpo.products.streamed_rows`: each layer's kernel in float32, a copy if need be."""
+    wide = jax.tree.map(lambda kernel: jax.lax.optimization_barrier(kernel.astype("float32")), _kernels(params))
+    return params | {"streamed": wide}
+
+
+def _kernels(params: dict) -> dict:
     names = {name: tree for name, tree in params["params"].items() if name.startswith("layers")}
-    kernels = {
+    return {
         layer: {name: {"kernel": leaves["kernel"]} for name, leaves in tree.items() if "kernel" in leaves}
         for layer, tree in names.items()
     }
-    return params | {"transposed": jax.tree_util.tree_map_with_path(transpose, kernels)}
 
 
 def stack_layers(params: dict) -> dict:
