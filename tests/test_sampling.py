@@ -110,21 +110,36 @@ def test_streams_are_for_few_rows_in_float32_on_one_cpu_alone():
     policy, prompts = tiny.make_policy(), make_prompts()
     params = tiny.make_params(policy)
 
-    def is_streamed(num_completions, params=params, **settings):
+    def is_streamed(num_completions, params=params, keys=None, **settings):
         config = dataclasses.replace(policy.config, **settings)
-        keys = sequence_keys(jax.random.key(0), 4, num_completions)
+        keys = sequence_keys(jax.random.key(0), 4, num_completions) if keys is None else keys
         return sampling.program(config, params, prompts, keys) is sampling.streamed
 
     assert is_streamed(16) == has_wide_registers()
     assert not is_streamed(17)  # 68 rows
+    assert not is_streamed(1, keys=sequence_keys(jax.random.key(0), 1, 1))
+    assert is_streamed(1, keys=sequence_keys(jax.random.key(0), 2, 1)) == has_wide_registers()
     assert not is_streamed(1, dtype="float64", param_dtype="float64")
     for name in ("dtype", "param_dtype"):
         assert is_streamed(1, **{name: "bfloat16"}) == (has_wide_registers() and not has_matrix_unit())
     assert not is_streamed(1, sharding.place(params, sharding.make_mesh()))
 
 
+def test_what_sampling_does_unless_told():
+    assert Sampling(max_completion_tokens=3) == Sampling(
+        max_completion_tokens=3,
+        num_completions=1,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        stop_tokens=(),
+        halvings=0,
+    )
+
+
 def test_greedy_is_the_oracles_likeliest_token():
-    policy = tiny.make_policy()
+    policy = tiny.make_policy(max_positions=11)  # 5 + 6: not one to spare
     params, prompts = tiny.make_params(policy), make_prompts()
     settings = Sampling(max_completion_tokens=6, temperature=0.0, num_completions=2)
     tokens, mask, _ = policy.generate(params, prompts, jax.random.key(0), settings)

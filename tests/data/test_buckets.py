@@ -58,6 +58,9 @@ def test_rows_that_cannot_fit_the_model_are_refused_by_name_alone_and_in_one_bat
         check_room(rows, 99)
     with pytest.raises(ValueError, match=r"prompt of x:2, 95 tokens, and the completion of x:1, 90, .* 184 pos"):
         check_room(rows, 184)
+    check_room([example(10, 90, 2)], 100)
+    with pytest.raises(ValueError, match=r"has 60 .* and 30 of completion"):  # the longest in all, not of completion
+        check_room([example(60, 30, 1), example(10, 50, 1)], 80)
 
 
 LENGTHS = st.one_of(st.integers(1, 9), st.integers(1, 4000), st.sampled_from([1, 64, 65, 8192]))
