@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from pjpo import layout, sharding
-from pjpo.logps import log_ratios, mean_completion, sum_completion, token_logps
+from pjpo.logps import log_ratios, mean_completion, sum_completion, token_logps, widened
 
 
 def by_loop(hidden, table, targets, weights, cap=None, temperature=1.0):
@@ -164,3 +164,19 @@ def test_values_of_other_completions_than_the_mask_s_are_refused(reduce):
     """Two of which would otherwise be one and the same."""
     with pytest.raises(ValueError, match=r"must have the mask's shape \(1, 2, 3\), got \(1, 1, 3\)"):
         reduce(jnp.zeros((1, 1, 3)), np.ones((1, 2, 3), bool))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "narrow", "wide"),
+    [
+        ("bfloat16", "float32", "float32"),
+        ("float32", "float32", "float32"),
+        ("float64", "float32", "float64"),
+        ("int32", "float32", "float64"),
+        ("bool", "float32", "float64"),
+    ],
+)
+def test_what_losses_compute_in(dtype, narrow, wide):
+    for x64, expected in ((False, narrow), (True, wide)):
+        with jax.enable_x64(x64):
+            assert widened(jnp.ones(3, jnp.dtype(dtype) if x64 or dtype != "float64" else "float32")).dtype == expected
