@@ -240,6 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE", help=", ".join(TESTS))
     parser.add_argument("--from", type=int, default=1, dest="first", help="leave out the lines before")
+    parser.add_argument("--to", type=int, default=sys.maxsize, dest="last", help="leave out the lines after")
     parser.add_argument("-k", default="", help="run only these tests, as pytest has it")
     parser.add_argument("--list", action="store_true", help="say what would be broken, and run nothing")
     options = parser.parse_args()
@@ -272,7 +273,7 @@ def main() -> int:
         for mutant in mutants(source):
             shown = f"{file}:{mutant.line}: `{mutant.before}` -> `{mutant.after}`"
             number += 1
-            if mutant.line < options.first or options.list:
+            if not options.first <= mutant.line <= options.last or options.list:
                 print(shown) if options.list else None
                 continue
             if run(path, mutant.source, tests, limit, log):
