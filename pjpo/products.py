@@ -82,8 +82,8 @@ MOST_STREAMED = 64  # rows; with more, XLA's own products are as fast
 BLOCK = 512 * LANES  # sums of more outputs than this leave the processor's cache between two of its rows
 
 
-def streamed_rows(x: Array, kernel: Array) -> Array:
-    """A handful of rows x [.., D] times a float32 kernel [D, *out], as outer products; float32, no gradient.
+def streamed_rows(x: Array, kernels: Array, which: int | Array = 0) -> Array:
+    """A handful of rows x [.., D] times one of float32 kernels [L, D, *out], as outer products; float32, no gradient.
 
     XLA's products pack a kernel first and multiply after, so they wait for memory, then for the processor. Here 16 rows
     of the kernel are read at a time, from where they lie, as memory does not keep up with one stream alone. Sixteen
@@ -91,11 +91,12 @@ def streamed_rows(x: Array, kernel: Array) -> Array:
     programs compiled as `WIDE` says, for processors of `has_wide_registers`, and for at most `MOST_STREAMED` rows.
     Where D or the number of outputs is no multiple of 16, it is XLA's product.
     """
-    shape, width, num_out = (*x.shape[:-1], *kernel.shape[1:]), len(kernel), math.prod(kernel.shape[1:])
-    x = x.astype(kernel.dtype)
+    _, width, *out = kernels.shape
+    num_out = math.prod(out)
+    x = x.astype(kernels.dtype)
     if width % STREAMS or num_out % LANES:
-        return dot(x, kernel, (x.ndim - 1,), (0,))
-    kernel = kernel.reshape(STREAMS, -1, num_out // LANES, LANES)
+        return dot(x, kernels[which], (x.ndim - 1,), (0,))
+    kernels = kernels.reshape(-1, width // STREAMS, num_out // LANES, LANES)  # 16 streams of one, then of the next
     rows = x.reshape(-1, STREAMS, width // STREAMS).T  # [D / 16, 16, R]
     size = (BLOCK if num_out % BLOCK == 0 else num_out) // LANES
 
@@ -104,18 +105,19 @@ def streamed_rows(x: Array, kernel: Array) -> Array:
 
         def add(step: Array, sums: Array) -> Array:
             def outer(stream: int) -> Array:
-                weights = lax.dynamic_slice(kernel, (stream, step, first, 0), (1, 1, size, LANES))
+                place = which * STREAMS + stream
+                weights = lax.dynamic_slice(kernels, (place, step, first, 0), (1, 1, size, LANES))
                 factors = lax.dynamic_slice(rows, (step, stream, 0), (1, 1, rows.shape[-1]))
                 return weights.reshape(size, 1, LANES) * factors.reshape(1, -1, 1)
 
             # Two sums that do not wait for each other.
             return sum(map(outer, range(0, STREAMS, 2)), sums) + sum(map(outer, range(3, STREAMS, 2)), outer(1))
 
-        return lax.fori_loop(0, width // STREAMS, add, jnp.zeros((size, rows.shape[-1], LANES), kernel.dtype))
+        return lax.fori_loop(0, width // STREAMS, add, jnp.zeros((size, rows.shape[-1], LANES), kernels.dtype))
 
     blocks = jnp.arange(0, num_out // LANES, size)
     sums = block(blocks[0]) if len(blocks) == 1 else lax.map(block, blocks).reshape(-1, rows.shape[-1], LANES)
-    return sums.swapaxes(0, 1).reshape(shape)
+    return sums.swapaxes(0, 1).reshape(*x.shape[:-1], *out)
 
 
 @functools.cache

@@ -178,9 +178,9 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
         return attention.decode_cache(cache, sampling.num_completions, sampling.max_completion_tokens)
 
     caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
-    params = stream_kernels(params) if by_streams else transpose_kernels(config, params)
+    params = stream_kernels(config, params) if by_streams else transpose_kernels(config, params)
     if by_streams:
-        head = Partial(streamed_rows, kernel=jax.lax.optimization_barrier(table.T))
+        head = Partial(streamed_rows, kernels=jax.lax.optimization_barrier(table.T)[None])
     else:
         head = Partial(few_rows, kernel=table.T, transposed=table)
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))

@@ -51,20 +51,28 @@ def test_few_rows_of_float32_lose_nothing_to_a_kernel_of_either_dtype(kernel_dty
 
 
 @pytest.mark.parametrize(
-    ("width", "out"),
-    [(576, (3, 16)), (48, (32,)), (16, (2 * BLOCK,)), (32, (BLOCK + LANES,)), (30, (16,)), (32, (5, 3))],
+    ("width", "out", "num_rows"),
+    [
+        (576, (3, 16), 16),
+        (48, (32,), 17),
+        (16, (2 * BLOCK,), 2),
+        (32, (BLOCK + LANES,), 1),
+        (30, (16,), 16),
+        (32, (5, 3), 2),
+    ],
 )
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
 def test_few_rows_as_outer_products(width, out, num_rows):
     (x,), (kernel,) = draw((num_rows, 1, width), dtype="float32"), draw((width, *out), dtype="float32")
     streamed = jax.jit(streamed_rows, compiler_options=WIDE)
-    found = streamed(x.at[0, 0, 0].set(jnp.nan), kernel)
+    kernels = jnp.stack([jnp.zeros_like(kernel), kernel])
+    found = streamed(x.at[0, 0, 0].set(jnp.nan), kernels, 1)
     assert (found.shape, found.dtype) == ((num_rows, 1, *out), jnp.float32)
     assert np.isnan(found[0]).all()
     size = np.tensordot(np.abs(wide(x)), np.abs(wide(kernel)), 1)
     np.testing.assert_array_less(np.abs(wide(found) - np.tensordot(wide(x), wide(kernel), 1))[1:], 3e-7 * size[1:])
-    coarse = streamed(x.astype("bfloat16"), kernel)
-    np.testing.assert_allclose(coarse, streamed(x.astype("bfloat16").astype("float32"), kernel), rtol=0, atol=0)
+    coarse = x.astype("bfloat16")
+    expected = streamed(coarse.astype("float32"), kernels, 1)
+    np.testing.assert_allclose(streamed(coarse, kernel[None]), expected, rtol=0, atol=3e-7 * size.max())
 
 
 def test_weights_of_another_dtype_are_cast_at_use_and_get_gradients_of_their_own():

@@ -92,8 +92,8 @@ class Kernel(nn.Module):
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
         if self.has_variable("streamed", "kernel"):
-            streamed = self.get_variable("streamed", "kernel").reshape(kernel.shape)
-            out = streamed_rows(x, streamed).astype(x.dtype)
+            kernels = self.get_variable("streamed", "kernel").reshape(-1, *kernel.shape)
+            out = streamed_rows(x, kernels, self.get_variable("layer", "kernel", 0)).astype(x.dtype)
         elif self.has_variable("transposed", "kernel"):
             out = few_rows(x, kernel, self.get_variable("transposed", "kernel")).astype(x.dtype)
         else:
@@ -224,7 +224,8 @@ class Decoder(nn.Module):
         if c.scan_layers:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "lora": 0, "transposed": 0, "streamed": 0},
+                variable_axes={"params": 0, "lora": 0, "transposed": 0, "layer": 0},
+                variable_broadcast="streamed",
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, nn.broadcast, 0),
                 length=c.num_layers,
@@ -290,10 +291,15 @@ def transpose_kernels(config: Config, params: dict) -> dict:
     return params | {"transposed": jax.tree_util.tree_map_with_path(transpose, _kernels(params))}
 
 
-def stream_kernels(params: dict) -> dict:
-    """Parameters for decoding by `pjpo.products.streamed_rows`: each layer's kernel in float32, a copy if need be."""
-    wide = jax.tree.map(lambda kernel: jax.lax.optimization_barrier(kernel.astype("float32")), _kernels(params))
-    return params | {"streamed": wide}
+def stream_kernels(config: Config, params: dict) -> dict:
+    """Parameters for decoding by `pjpo.products.streamed_rows`: each layer's kernel in float32, a copy if need be.
+
+    Those of scanned layers stay together, and each layer has its number, as one that is cut out would be copied.
+    """
+    kernels = _kernels(params)
+    wide = jax.tree.map(lambda kernel: jax.lax.optimization_barrier(kernel.astype("float32")), kernels)
+    numbers = {"layer": jax.tree.map(lambda kernel: jnp.arange(len(kernel)), kernels)} if config.scan_layers else {}
+    return params | {"streamed": wide} | numbers
 
 
 def _kernels(params: dict) -> dict:
