@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,7 @@ def test_temperature_raises_to_a_power():
 @pytest.mark.parametrize("vocab_size", [1, 7, 256, 300, 1024])
 def test_greedy_takes_the_first_of_the_largest(vocab_size):
     logits = np.random.default_rng(0).integers(-9, -3, (5, 4, vocab_size)).astype(np.float32)  # many ties
+    logits[0, :, -1], logits[1, :, vocab_size // 2] = 0, -2  # and none, in the last block or in one between
     logits[0] = -np.inf
     keys = sequence_keys(jax.random.key(0), 5, 4)
     found = choose(dataclasses.replace(SETTINGS, temperature=0.0), jnp.asarray(logits), keys)
@@ -251,6 +253,7 @@ def test_the_smallest_temperatures_are_greedy():
 def test_top_k_keeps_the_likeliest():
     assert_drawn_from([0, 0.3, 0, 0.25, 0, 0.2, 0, 0], top_k=3)
     assert_drawn_from([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001], top_k=100)
+    assert_drawn_from([0, 1, 0, 0, 0, 0, 0, 0], top_k=1)
 
 
 def test_top_p_keeps_the_fewest_that_reach_it():
@@ -262,6 +265,20 @@ def test_top_p_keeps_the_fewest_that_reach_it():
 def test_min_p_is_a_fraction_of_the_likeliest():
     assert_drawn_from([0, 0.3, 0.1, 0.25, 0, 0.2, 0, 0], min_p=0.332)  # at least 0.0996
     assert_drawn_from([0, 0.3, 0, 0.25, 0, 0.2, 0, 0], min_p=0.34)
+
+
+@pytest.mark.parametrize(
+    ("logits", "settings", "kept"),
+    [
+        ([0.0, -30.0], {}, 2),  # though the first has all that float32 tells apart
+        ([math.log(2), 0.0, 0.0], {"top_p": 0.5}, 1),  # which reaches it, to the bit
+        ([0.0, math.log(0.5), -1.0], {"min_p": 0.5}, 2),
+    ],
+)
+def test_filters_at_their_limits(logits, settings, kept):
+    shifted = jnp.array(logits, jnp.float32) - logits[0]
+    found = sampling._keep_likely(Sampling(max_completion_tokens=1, **settings), shifted[None, None])
+    assert np.isfinite(found).sum() == kept
 
 
 def test_filters_apply_in_turn_and_after_the_temperature():
