@@ -6,8 +6,9 @@ VADER ranks what an SFT model samples. DPO learns from the pairs, PPO from a rew
 et al. 2024 have it: -10 for a sentence that does not end, the pull to the SFT model in the rewards, a critic with
 weights of its own that begins as the reward model; but old log-probs are those of the rollout, so ratios are clipped,
 as the paper says and its code does not. The best of nine policies by VADER, three strengths by three looks, is what a
-method is worth: on other openings, by a classifier that taught nobody. Expect 106 minutes on a CPU core. So run, neither leaves the
-SFT model by more than 1.5 nats and neither beats it (docs/claims.md): it says nothing about which is better.
+method is worth: on other openings, by a classifier that taught nobody. Expect 106 minutes on a CPU core. So run,
+neither leaves the SFT model by more than 1.5 nats and neither beats it (docs/claims.md), so it does not say which is
+better.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, stream_kernels, transpose_kernels
 from pjpo.models.embedding import check_ids
 from pjpo.packing import prompt_keys
-from pjpo.products import MOST_STREAMED, WIDE, few_rows, has_matrix_unit, has_wide_registers, streamed_rows
+from pjpo.products import LANES, MOST_STREAMED, WIDE, few_rows, has_matrix_unit, has_wide_registers, streamed_rows
 from pjpo.types import Batch, as_field
 
 
@@ -179,10 +179,7 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
 
     caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
     params = stream_kernels(config, params) if by_streams else transpose_kernels(config, params)
-    if by_streams:
-        head = Partial(streamed_rows, kernels=jax.lax.optimization_barrier(table.T)[None])
-    else:
-        head = Partial(few_rows, kernel=table.T, transposed=table)
+    head = jax.lax.optimization_barrier(jnp.pad(table.T, ((0, 0), (0, -len(table) % LANES)))) if by_streams else table.T
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))
     start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
     growing = _Growing(
@@ -193,7 +190,11 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
         attend = Partial(attention.decode, now.visible, now.step)
         positions = jnp.broadcast_to(now.length - 1 + now.step, now.ended.shape)
         hidden, caches = decoder.apply(params, now.inputs, positions, attend, now.caches)
-        logits = soft_cap(head(hidden), config.logit_softcap) / config.temperature  # [B, N, V]
+        if by_streams:
+            logits = streamed_rows(hidden, head[None])[..., : len(table)]
+        else:
+            logits = few_rows(hidden, head, table)
+        logits = soft_cap(logits, config.logit_softcap) / config.temperature  # [B, N, V]
         tokens = jnp.where(now.ended, 0, choose(sampling, logits, _step_keys(now.keys, now.step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         logps = jnp.where(now.ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))

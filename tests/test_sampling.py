@@ -87,14 +87,21 @@ def test_logps_of_a_pretrained_model_equal_teacher_forcing():
     )
 
 
-STREAMED = [{}, {"scan_layers": True}, {"lora": lora.Config(rank=2, alpha=2.0)}, {"param_dtype": "bfloat16"}]
+STREAMED = [
+    {},
+    {"vocab_size": 37},
+    {"scan_layers": True},
+    {"lora": lora.Config(rank=2, alpha=2.0)},
+    {"param_dtype": "bfloat16"},
+]
 
 
 @pytest.mark.skipif(not has_wide_registers(), reason="the processor has no registers of 512 bits")
 @pytest.mark.parametrize("settings", [*STREAMED, {"dtype": "bfloat16"}])
 def test_few_rows_are_decoded_by_streams(settings, monkeypatch):
     monkeypatch.setattr(sampling, "has_matrix_unit", lambda: False)
-    policy, prompts = tiny.make_policy(vocab_size=48, model_dim=64, head_dim=8, mlp_dim=96, **settings), make_prompts()
+    sizes = {"vocab_size": 48, "model_dim": 64, "head_dim": 8, "mlp_dim": 96}
+    policy, prompts = tiny.make_policy(**(sizes | settings)), make_prompts()
     params, keys = tiny.make_params(policy), sequence_keys(jax.random.key(0), 4, 3)
     assert sampling.program(policy.config, params, prompts, keys) is sampling.streamed
     shrinking = dataclasses.replace(SETTINGS, stop_tokens=(3, 6, 8, 28, 30), halvings=1)
