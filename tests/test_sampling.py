@@ -243,7 +243,7 @@ def test_temperature_raises_to_a_power():
 @pytest.mark.parametrize("vocab_size", [1, 7, 256, 300, 1024])
 def test_greedy_takes_the_first_of_the_largest(vocab_size):
     logits = np.random.default_rng(0).integers(-9, -3, (5, 4, vocab_size)).astype(np.float32)  # many ties
-    logits[2, :, -1], logits[1, :, vocab_size // 2] = 0, -2  # and none, in the last block or in one between
+    logits[2, :, -1], logits[1, :, vocab_size // 2] = 0, -2  # one largest, in the last block or between
     logits[0] = -np.inf
     keys = sequence_keys(jax.random.key(0), 5, 4)
     found = choose(dataclasses.replace(SETTINGS, temperature=0.0), jnp.asarray(logits), keys)
