@@ -9,6 +9,7 @@ gradient transposes its left operand into a real array first.
 import functools
 import math
 import pathlib
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,13 @@ def dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) ->
     """Contract `axes_a` of a with `axes_b` of b; float32 result, never through TF32 or a bfloat16 pass for float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), precision=precision, preferred_element_type=_wide(a))
+
+
+def einsum(axes: str, a: Array, b: Array) -> Array:
+    """Float32, as from `dot`."""
+    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
 
 
 def contract_rows(a: Array, b: Array) -> Array:
@@ -79,6 +87,7 @@ def few_rows(x: Array, kernel: Array, transposed: Array) -> Array:
 LANES = STREAMS = 16  # float32 numbers of a register; rows of a kernel that are read at a time, a register for each
 WIDE = {"xla_cpu_prefer_vector_width": 32 * LANES}  # compiler options
 MOST_STREAMED = 64  # rows; with more, XLA's own products are as fast
+ZERO = np.uint32(0)
 BLOCK = 512 * LANES  # sums of more outputs than this leave the processor's cache between two of its rows
 
 
@@ -105,19 +114,31 @@ def streamed_rows(x: Array, kernels: Array, which: int | Array = 0) -> Array:
 
         def add(step: Array, sums: Array) -> Array:
             def outer(stream: int) -> Array:
-                place = which * STREAMS + stream
-                weights = lax.dynamic_slice(kernels, (place, step, first, 0), (1, 1, size, LANES))
-                factors = lax.dynamic_slice(rows, (step, stream, 0), (1, 1, rows.shape[-1]))
+                place = jnp.uint32(which * STREAMS + stream)
+                weights = lax.dynamic_slice(kernels, (place, step, jnp.uint32(first), ZERO), (1, 1, size, LANES))
+                factors = lax.dynamic_slice(rows, (step, jnp.uint32(stream), ZERO), (1, 1, rows.shape[-1]))
                 return weights.reshape(size, 1, LANES) * factors.reshape(1, -1, 1)
 
-            # Two sums that do not wait for each other.
-            return sum(map(outer, range(0, STREAMS, 2)), sums) + sum(map(outer, range(3, STREAMS, 2)), outer(1))
+            return add_up(sums, map(outer, range(STREAMS)))
 
-        return lax.fori_loop(0, width // STREAMS, add, jnp.zeros((size, rows.shape[-1], LANES), kernels.dtype))
+        return count_up(width // STREAMS, add, jnp.zeros((size, rows.shape[-1], LANES), kernels.dtype))
 
     blocks = jnp.arange(0, num_out // LANES, size)
     sums = block(blocks[0]) if len(blocks) == 1 else lax.map(block, blocks).reshape(-1, rows.shape[-1], LANES)
     return sums.swapaxes(0, 1).reshape(*x.shape[:-1], *out)
+
+
+def count_up(times: int | Array, body: Callable[[Array, Array], Array], start: Array) -> Array:
+    """`lax.fori_loop` from 0 with an unsigned counter: with a signed one JAX asks of each index whether it is negative,
+    which a CPU program does in a kernel of its own."""
+    more = lambda now: now[0] < jnp.uint32(times)  # noqa: E731
+    return lax.while_loop(more, lambda now: (now[0] + jnp.uint32(1), body(*now)), (ZERO, start))[1]
+
+
+def add_up(sums: Array, terms: Iterable[Array]) -> Array:
+    """Sums plus terms, in two chains that do not wait for each other."""
+    terms = list(terms)
+    return sum(terms[::2], sums) + sum(terms[1::2])
 
 
 @functools.cache

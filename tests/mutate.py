@@ -50,6 +50,8 @@ TESTS = {  # what pytest is given, the quickest and likeliest to fail first
     "pjpo/sampling.py": ["tests/test_sampling.py"],
     "pjpo/models/streams.py": ["tests/models/test_policy.py"],
     "pjpo/models/attention.py": ["tests/models/test_policy.py", "tests/test_sampling.py"],
+    "pjpo/models/filled.py": ["tests/models/test_filled.py", "tests/test_sampling.py"],
+    "pjpo/models/whole.py": ["tests/models/test_filled.py", "tests/test_sampling.py"],
     "pjpo/models/rope.py": ["tests/models/test_policy.py", "tests/models/test_families.py"],
     "pjpo/data/encode.py": ["tests/data/test_encode.py"],
     "pjpo/data/buckets.py": ["tests/data/test_buckets.py"],

@@ -13,10 +13,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pjpo.logps import soft_cap
+from pjpo.models import filled, whole
+from pjpo.models.filled import MASKED
 from pjpo.models.streams import Streams
+from pjpo.products import einsum
 
 NUM_BLOCKS, MIN_BLOCK = 4, 128  # into how many blocks of queries causal attention is cut, of at least how many
-MASKED = -1e30  # a score that is finite, so that a row with nothing to look at is harmless
 
 
 class Scoring(NamedTuple):
@@ -65,16 +67,19 @@ def prefill(
 
 
 def decode_cache(
-    prompt_cache: tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]], num_completions: int, length: int
+    prompt_cache: tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]],
+    num_completions: int,
+    length: int,
+    in_blocks: bool = False,
 ) -> tuple[Array, ...]:
     """What `decode` keeps: keys [B, K, H, P] and values [B, K, P, H] of prompts, then the completions', rows B*N.
 
-    Products take these shapes as they are; XLA would copy what it has to reshape between update and product.
+    Products take these shapes as they are; XLA would copy what it has to reshape between update and product. What
+    completions keep may be in blocks instead, see `pjpo.models.filled`.
     """
     k, v = prompt_cache
-    rows, kv_heads, head_dim = len(k) * num_completions, k.shape[1], k.shape[3]
-    blank = jnp.zeros((rows, kv_heads, length, head_dim), v.dtype)
-    return jnp.swapaxes(k, -1, -2), v, jnp.swapaxes(blank, -1, -2).astype(k.dtype), blank
+    own = filled if in_blocks else whole
+    return jnp.swapaxes(k, -1, -2), v, *own.blank(len(k) * num_completions, k.shape[1], length, k.shape[3], v.dtype)
 
 
 def decode(
@@ -89,8 +94,8 @@ def decode(
     num_prompts, num_completions, *heads = qkv.shape
     q, k, v = jnp.split(qkv.reshape(-1, *heads), [heads[1] - 2, heads[1] - 1], axis=2)  # [B*N, K, (Q, 1, 1), H]
     q = q * scoring.scale
-    keys = lax.dynamic_update_slice_in_dim(keys, jnp.swapaxes(k, -1, -2).astype(keys.dtype), step, axis=3)
-    values = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), step, axis=2)
+    own = filled if keys.ndim > 4 else whole
+    keys, values = own.write(keys, values, k[:, :, 0], v[:, :, 0], step)
 
     def by_prompt(x: Array) -> Array:  # [B*N, K, Q, ..] -> [B, K, N*Q, ..]
         x = x.reshape(num_prompts, num_completions, *x.shape[1:])
@@ -100,21 +105,21 @@ def decode(
         x = x.reshape(num_prompts, heads[0], num_completions, -1, x.shape[-1])
         return x.transpose(0, 2, 1, 3, 4).reshape(-1, heads[0], *x.shape[3:])
 
-    visible, own_steps = prompt_keys[:, None, None], jnp.arange(keys.shape[-1])
+    to_own = own.scores(q, keys, step)
+    visible, own_steps = prompt_keys[:, None, None], jnp.arange(to_own.shape[-1])
     so_far = own_steps <= step
     if scoring.window is not None:
         here = prompt_keys.sum(1)[:, None] + step
         visible &= _near(here, _positions(prompt_keys), scoring.window)[:, None, None]
         so_far &= _near(step, own_steps, scoring.window)
-    to_prompt = soft_cap(_einsum("bkqh,bkhs->bkqs", by_prompt(q), prompt_k), scoring.softcap)
+    to_prompt = soft_cap(einsum("bkqh,bkhs->bkqs", by_prompt(q), prompt_k), scoring.softcap)
     to_prompt = by_completion(jnp.where(visible, to_prompt, MASKED))
-    to_own = soft_cap(_einsum("bkqh,bkhs->bkqs", q, keys), scoring.softcap)
-    to_own = jnp.where(so_far[None, None, None], to_own, MASKED)
+    to_own = jnp.where(so_far[None, None, None], soft_cap(to_own, scoring.softcap), MASKED)
     peak = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
     to_prompt, to_own = jnp.exp(to_prompt - peak), jnp.exp(to_own - peak)
     total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)
-    out = by_completion(_einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), prompt_v))
-    out = (out + _einsum("bkqs,bksh->bkqh", to_own.astype(q.dtype), values)) / total
+    out = by_completion(einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), prompt_v))
+    out = own.mix(to_own.astype(q.dtype), values, step, out) / total
     return out.astype(q.dtype).reshape(num_prompts, num_completions, heads[0], -1, heads[2]), (
         prompt_k,
         prompt_v,
@@ -164,7 +169,7 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]], scoring: S
     axes = "bkqth" if q.ndim == 5 else "bknqth"
     weights, peak = [], None
     for keys, _, source, visible in sources:
-        product = soft_cap(_einsum(f"{axes},{source}->{axes[:-1]}s", q, keys), scoring.softcap)
+        product = soft_cap(einsum(f"{axes},{source}->{axes[:-1]}s", q, keys), scoring.softcap)
         product = jnp.where(visible, product, MASKED)
         weights.append(product)
         highest = product.max(-1, keepdims=True)
@@ -173,14 +178,7 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]], scoring: S
     weights = [jnp.exp(product - peak) for product in weights]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = sum(
-        _einsum(f"{axes[:-1]}s,{source}->{axes}", w.astype(q.dtype), v)
+        einsum(f"{axes[:-1]}s,{source}->{axes}", w.astype(q.dtype), v)
         for w, (_, v, source, _) in zip(weights, sources, strict=True)
     )
     return (out / total).astype(q.dtype)
-
-
-def _einsum(axes: str, a: Array, b: Array) -> Array:
-    """To float32, as in `pjpo.products.dot`."""
-    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)

@@ -1,0 +1,88 @@
+"""Keys and values of completions in blocks of steps, of which decoding reads those that are filled.
+
+Where decoding waits for memory, this spares it half of the cache on average. XLA would copy a slice of the cache before
+a product, so scores and mixtures are sums of outer products here, as in `pjpo.products.streamed_rows` and for the same
+programs. Letters beside those of `pjpo.models.attention`: R rows, S blocks of L steps, C parts of P numbers of a head.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pjpo.products import LANES, ZERO, add_up, count_up
+
+MASKED = -1e30  # a score that is finite, so that a row with nothing to look at is harmless
+
+
+def blank(rows: int, kv_heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Keys [R, K, S, C, P, L] and values [R, K, S, L, H] of `length` steps, in whole blocks."""
+    num_blocks, part = -(-length // LANES), math.gcd(head_dim, LANES)
+    return (
+        jnp.zeros((rows, kv_heads, num_blocks, head_dim // part, part, LANES), dtype),
+        jnp.zeros((rows, kv_heads, num_blocks, LANES, head_dim), dtype),
+    )
+
+
+def write(
+    keys: Float[Array, "R K S C P L"],
+    values: Float[Array, "R K S L H"],
+    key: Float[Array, "R K H"],
+    value: Float[Array, "R K H"],
+    step: Int[Array, ""],
+) -> tuple[Array, Array]:
+    """Keys and values with those of token `step`."""
+    block, place = step // LANES, step % LANES
+    key = key.reshape(*key.shape[:2], 1, *keys.shape[3:5], 1)
+    return (
+        lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, 0, block, 0, 0, place)),
+        lax.dynamic_update_slice(values, value[:, :, None, None].astype(values.dtype), (0, 0, block, place, 0)),
+    )
+
+
+def scores(
+    q: Float[Array, "R K Q H"], keys: Float[Array, "R K S C P L"], step: Int[Array, ""]
+) -> Float[Array, "R K Q T"]:
+    """Products of queries with keys up to the end of `step`'s block, float32; those with later ones are MASKED."""
+    rows, num_parts, size = q.shape[:3], *keys.shape[3:5]
+    q = q.reshape(*rows, num_parts, size)
+
+    def block(at: Array, found: Array) -> Array:
+        def add(part: Array, sums: Array) -> Array:
+            def product(of_part: int) -> Array:
+                place = np.uint32(of_part)
+                query = lax.dynamic_slice(q, (ZERO, ZERO, ZERO, part, place), (*rows, 1, 1)).reshape(*rows, 1)
+                key = lax.dynamic_slice(keys, (ZERO, ZERO, at, part, place, ZERO), (*rows[:2], 1, 1, 1, LANES))
+                return query.astype(jnp.float32) * key.reshape(*rows[:2], 1, LANES).astype(jnp.float32)
+
+            return add_up(sums, map(product, range(size)))
+
+        own = count_up(num_parts, add, jnp.zeros((*rows, LANES)))
+        return lax.dynamic_update_slice(found, own[:, :, :, None], (ZERO, ZERO, ZERO, at, ZERO))
+
+    masked = jnp.full((*rows, keys.shape[2], LANES), MASKED)
+    return count_up(step // LANES + 1, block, masked).reshape(*rows, -1)
+
+
+def mix(
+    weights: Float[Array, "R K Q T"],
+    values: Float[Array, "R K S L H"],
+    step: Int[Array, ""],
+    start: Float[Array, "R K Q H"],
+) -> Float[Array, "R K Q H"]:
+    """`start` plus the values, up to the end of `step`'s block, by their weights; float32."""
+    rows, head_dim = weights.shape[:3], values.shape[-1]
+    weights = weights.reshape(*rows, -1, LANES)
+
+    def block(at: Array, sums: Array) -> Array:
+        def product(of_block: int) -> Array:
+            place = np.uint32(of_block)
+            weight = lax.dynamic_slice(weights, (ZERO, ZERO, ZERO, at, place), (*rows, 1, 1)).reshape(*rows, 1)
+            value = lax.dynamic_slice(values, (ZERO, ZERO, at, place, ZERO), (*rows[:2], 1, 1, head_dim))
+            return weight.astype(jnp.float32) * value.reshape(*rows[:2], 1, head_dim).astype(jnp.float32)
+
+        return add_up(sums, map(product, range(LANES)))
+
+    return count_up(step // LANES + 1, block, start)

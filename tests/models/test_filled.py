@@ -1,0 +1,65 @@
+"""A cache in blocks gives what a whole one gives, and what lies beyond the newest block is never read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjpo.models import filled, whole
+
+ROWS, KV_HEADS, QUERIES = 3, 2, 2
+
+
+def numbers(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+def grown(own, length, head_dim, upto, dtype="float32"):
+    """Keys and values of tokens 0 to `upto`."""
+    keys, values = own.blank(ROWS, KV_HEADS, length, head_dim, jnp.dtype(dtype))
+    of_tokens = numbers(2, length, ROWS, KV_HEADS, head_dim)
+    write = jax.jit(own.write)
+    for step in range(upto + 1):
+        keys, values = write(keys, values, *of_tokens[:, step], jnp.int32(step))
+    return keys, values
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "upto"), [(40, 32, 0), (40, 32, 15), (40, 32, 16), (33, 24, 32), (5, 7, 4)]
+)
+def test_scores_and_mixtures_are_those_of_a_whole_cache(length, head_dim, upto):
+    q, start = numbers(ROWS, KV_HEADS, QUERIES, head_dim), numbers(ROWS, KV_HEADS, QUERIES, head_dim) / 3
+    (keys, values), (all_keys, all_values) = (grown(own, length, head_dim, upto) for own in (filled, whole))
+    step = jnp.int32(upto)
+    found, expected = filled.scores(q, keys, step), whole.scores(q, all_keys, step)
+    assert found.shape[-1] == -(-length // 16) * 16
+    np.testing.assert_allclose(found[..., : upto + 1], expected[..., : upto + 1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[..., (upto // 16 + 1) * 16 :], np.float32(filled.MASKED))
+    weights = jax.nn.softmax(expected[..., : upto + 1])
+    padded = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, found.shape[-1] - upto - 1)))
+    whole_weights = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, length - upto - 1)))
+    np.testing.assert_allclose(
+        filled.mix(padded, values, step, start), whole.mix(whole_weights, all_values, step, start), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_later_blocks_are_not_read():
+    keys, values = grown(filled, 48, 16, 20)
+    keys, values = keys.at[:, :, 2:].set(jnp.nan), values.at[:, :, 2:].set(jnp.nan)
+    q, step = numbers(ROWS, KV_HEADS, QUERIES, 16), jnp.int32(20)
+    assert np.isfinite(filled.scores(q, keys, step)).all()
+    weights = jnp.ones((ROWS, KV_HEADS, QUERIES, 48))
+    assert np.isfinite(filled.mix(weights, values, step, jnp.zeros_like(q))).all()
+
+
+def test_bfloat16_is_widened_before_it_is_multiplied():
+    keys, values = grown(filled, 16, 16, 15, "bfloat16")
+    q = numbers(ROWS, KV_HEADS, QUERIES, 16).astype("bfloat16")
+    exact = jnp.einsum("rkqh,rksh->rkqs", q.astype("float32"), keys.astype("float32")[:, :, 0, 0].swapaxes(-1, -2))
+    found = filled.scores(q, keys, jnp.int32(15))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+    weights = jax.nn.softmax(found).astype("bfloat16")
+    mixed = filled.mix(weights, values, jnp.int32(15), jnp.zeros(q.shape))
+    exact = jnp.einsum("rkqs,rksh->rkqh", weights.astype("float32"), values.astype("float32")[:, :, 0])
+    np.testing.assert_allclose(mixed, exact, rtol=1e-5, atol=1e-5)
