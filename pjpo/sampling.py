@@ -175,11 +175,17 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
     shape = (num_prompts, sampling.num_completions)
 
     def with_room(cache):
-        return attention.decode_cache(cache, sampling.num_completions, sampling.max_completion_tokens)
+        return attention.decode_cache(cache, sampling.num_completions, sampling.max_completion_tokens, by_streams)
 
     caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
-    params = stream_kernels(config, params) if by_streams else transpose_kernels(config, params)
-    head = jax.lax.optimization_barrier(jnp.pad(table.T, ((0, 0), (0, -len(table) % LANES)))) if by_streams else table.T
+    if by_streams:
+        params = stream_kernels(config, params)
+        kernels = jax.lax.optimization_barrier(jnp.pad(table.T, ((0, 0), (0, -len(table) % LANES))))[None]
+        head, logsumexp = lambda hidden: streamed_rows(hidden, kernels)[..., : len(table)], _logsumexp_in_blocks
+    else:
+        params = transpose_kernels(config, params)
+        head = lambda hidden: few_rows(hidden, table.T, table)  # noqa: E731  a TPU need not copy it, turned round here
+        logsumexp = functools.partial(jax.nn.logsumexp, axis=-1)
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))
     start = Completions(blank.astype(jnp.int32), blank.astype(bool), blank)
     growing = _Growing(
@@ -190,14 +196,10 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
         attend = Partial(attention.decode, now.visible, now.step)
         positions = jnp.broadcast_to(now.length - 1 + now.step, now.ended.shape)
         hidden, caches = decoder.apply(params, now.inputs, positions, attend, now.caches)
-        if by_streams:
-            logits = streamed_rows(hidden, head[None])[..., : len(table)]
-        else:
-            logits = few_rows(hidden, head, table)
-        logits = soft_cap(logits, config.logit_softcap) / config.temperature  # [B, N, V]
+        logits = soft_cap(head(hidden), config.logit_softcap) / config.temperature  # [B, N, V]
         tokens = jnp.where(now.ended, 0, choose(sampling, logits, _step_keys(now.keys, now.step)))
         at_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        logps = jnp.where(now.ended, 0, at_token - jax.nn.logsumexp(logits, axis=-1))
+        logps = jnp.where(now.ended, 0, at_token - logsumexp(logits))
         new = Completions(tokens, ~now.ended, logps)
         out = jax.tree.map(lambda whole, x: whole.at[:, :, now.step].set(x.astype(whole.dtype)), now.out, new)
         ended = now.ended | jnp.isin(tokens, jnp.array(sampling.stop_tokens, jnp.int32))
@@ -291,13 +293,27 @@ def _keep_likely(sampling: Sampling, logits: Array) -> Array:
     return logits
 
 
-def _likeliest(logits: Array, block: int = 256) -> Array:
-    """The first of the largest: of the blocks', then inside one. On a CPU XLA's argmax takes ten times a maximum."""
+def _in_blocks(logits: Array, block: int = 256) -> Array:
+    """[B, N, V] -> [B, N, blocks, block]; what the last lacks is less than all.
+
+    Whatever reads logits of `streamed_rows` whole reads them so: XLA writes them out anew for each shape.
+    """
     logits = jnp.pad(logits, ((0, 0), (0, 0), (0, -logits.shape[-1] % block)), constant_values=-jnp.inf)
-    logits = logits.reshape(*logits.shape[:2], -1, block)
+    return logits.reshape(*logits.shape[:2], -1, block)
+
+
+def _logsumexp_in_blocks(logits: Array) -> Array:
+    logits = _in_blocks(logits)
+    peak = logits.max(-1).max(-1)
+    return peak + jnp.log(jnp.exp(logits - peak[..., None, None]).sum((-2, -1)))
+
+
+def _likeliest(logits: Array) -> Array:
+    """The first of the largest: of the blocks', then inside one. On a CPU XLA's argmax takes ten times a maximum."""
+    logits = _in_blocks(logits)
     row = jnp.argmax(logits.max(-1), axis=-1)[..., None]
     inside = jnp.take_along_axis(logits, row[..., None], axis=-2)[..., 0, :]
-    return (row[..., 0] * block + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+    return (row[..., 0] * logits.shape[-1] + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def _draw(logits: Array, keys: Array, block: int = 256) -> Array:
@@ -311,11 +327,11 @@ def _draw(logits: Array, keys: Array, block: int = 256) -> Array:
     weights = weights.reshape(*weights.shape[:2], -1, block)  # [B, N, blocks, block]
     ends = weights.sum(-1).cumsum(-1)
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys)[..., None]
-    target = jnp.minimum(uniform * ends[..., -1:], jnp.nextafter(ends[..., -1:], 0.0))
+    target = uniform * ends[..., -1:]  # less than the end: the uniform number is at most 1 - 2^-23
     row = jnp.argmax(ends > target, axis=-1)[..., None]
-    before = jnp.where(row > 0, jnp.take_along_axis(ends, jnp.maximum(row - 1, 0), axis=-1), 0.0)
+    before = jnp.where(row > 0, jnp.take_along_axis(ends, row - 1, axis=-1), 0.0)
     inside = jnp.take_along_axis(weights, row[..., None], axis=-2)[..., 0, :]  # [B, N, block]
-    passed = inside.cumsum(-1) > jnp.maximum(target - before, 0.0)
+    passed = inside.cumsum(-1) > target - before
     last = block - 1 - jnp.argmax(inside[..., ::-1] > 0, axis=-1)  # where rounding leaves the target beyond the block
     column = jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), last)
     return (row[..., 0] * block + column).astype(jnp.int32)

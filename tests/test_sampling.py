@@ -14,7 +14,7 @@ from scipy import stats
 from pjpo import sampling, sharding
 from pjpo.models import load, lora
 from pjpo.products import has_matrix_unit, has_wide_registers
-from pjpo.sampling import Prompts, Sampling, choose, sequence_keys
+from pjpo.sampling import Prompts, Sampling, _draw, choose, sequence_keys
 from pjpo.types import Batch
 from tests import tiny
 from tests.models import plain_llama
@@ -93,6 +93,7 @@ STREAMED = [
     {"scan_layers": True},
     {"lora": lora.Config(rank=2, alpha=2.0)},
     {"param_dtype": "bfloat16"},
+    {"sliding_window": 3, "global_layers": (1,), "attention_softcap": 5.0},
 ]
 
 
@@ -237,6 +238,29 @@ def assert_drawn_from(probabilities, **settings):
 
 def test_draws_follow_the_softmax():
     assert_drawn_from([0.02, 0.3, 0.1, 0.25, 0.03, 0.2, 0.099, 0.001])
+
+
+UNIFORM_0, UNIFORM_MOST = 780233, 20192286  # keys of these seeds draw 0 and 1 - 2^-23, the largest below 1
+
+
+def test_the_least_and_the_largest_number_draw_what_may_occur():
+    least, most = jax.random.key(UNIFORM_0), jax.random.key(UNIFORM_MOST)
+    assert jax.random.uniform(least) == 0
+    assert jax.random.uniform(most) == 1 - 2.0**-23
+    logits = np.full((2, 1, 1024), -np.inf, np.float32)
+    logits[0, 0, [300, 400, 700]] = logits[1, 0, :600] = 0
+    np.testing.assert_array_equal(_draw(jnp.asarray(logits), jnp.stack([least, most])[:, None]), [[300], [599]])
+
+
+def test_rounding_leaves_no_number_beyond_the_last_token():
+    logits = np.random.default_rng(0).normal(0, 3, (1, 2000, 1024)).astype(np.float32)
+    logits -= logits.max(-1, keepdims=True)
+    logits[..., -3:] = -np.inf
+    drawn = _draw(jnp.asarray(logits), jnp.broadcast_to(jax.random.key(UNIFORM_MOST), (1, 2000)))
+    weights = np.exp(np.float64(logits[0]))
+    beyond = np.array([w[d + 1 :].sum() / w.sum() for w, d in zip(weights, np.asarray(drawn)[0], strict=True)])
+    assert (beyond < 1e-6).all()
+    assert (np.take_along_axis(weights, np.asarray(drawn)[0, :, None], -1) > 0).all()
 
 
 def test_temperature_raises_to_a_power():
