@@ -7,7 +7,6 @@ gradient transposes its left operand into a real array first.
 """
 
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -92,40 +91,59 @@ BLOCK = 512 * LANES  # sums of more outputs than this leave the processor's cach
 
 
 def streamed_rows(x: Array, kernels: Array, which: int | Array = 0) -> Array:
-    """A handful of rows x [.., D] times one of float32 kernels [L, D, *out], as outer products; float32, no gradient.
+    """A handful of rows x [.., D] times one of kernels [L, D, O], as outer products; float32, no gradient.
 
     XLA's products pack a kernel first and multiply after, so they wait for memory, then for the processor. Here 16 rows
     of the kernel are read at a time, from where they lie, as memory does not keep up with one stream alone. Sixteen
     numbers of each are multiplied, while they stay in registers, with what each row of x has for them. This is for
     programs compiled as `WIDE` says, for processors of `has_wide_registers`, and for at most `MOST_STREAMED` rows.
-    Where D or the number of outputs is no multiple of 16, it is XLA's product.
+    Kernels are float32, or words of `in_words`. Where D or O is no multiple of 16, it is XLA's product.
     """
-    _, width, *out = kernels.shape
-    num_out = math.prod(out)
-    x = x.astype(kernels.dtype)
-    if width % STREAMS or num_out % LANES:
+    _, width, num_lanes = kernels.shape
+    packed = kernels.dtype == jnp.uint32
+    x = x.astype(jnp.float32 if packed else kernels.dtype)
+    if width % STREAMS or num_lanes % LANES:
         return dot(x, kernels[which], (x.ndim - 1,), (0,))
-    kernels = kernels.reshape(-1, width // STREAMS, num_out // LANES, LANES)  # 16 streams of one, then of the next
+    kernels = kernels.reshape(-1, width // STREAMS, num_lanes // LANES, LANES)  # 16 streams of one, then of the next
     rows = x.reshape(-1, STREAMS, width // STREAMS).T  # [D / 16, 16, R]
-    size = (BLOCK if num_out % BLOCK == 0 else num_out) // LANES
+    halves, most = (2, BLOCK // 2) if packed else (1, BLOCK)
+    size = (most if num_lanes % most == 0 else num_lanes) // LANES
 
     def block(first: Array) -> Array:
-        """Outputs from `first` on, [size, R, LANES]."""
+        """Outputs from `first` on, [size, halves, R, LANES]."""
 
         def add(step: Array, sums: Array) -> Array:
             def outer(stream: int) -> Array:
                 place = jnp.uint32(which * STREAMS + stream)
                 weights = lax.dynamic_slice(kernels, (place, step, jnp.uint32(first), ZERO), (1, 1, size, LANES))
+                weights = weights.reshape(size, 1, 1, LANES)
                 factors = lax.dynamic_slice(rows, (step, jnp.uint32(stream), ZERO), (1, 1, rows.shape[-1]))
-                return weights.reshape(size, 1, LANES) * factors.reshape(1, -1, 1)
+                return (_halves(weights) if packed else weights) * factors.reshape(1, 1, -1, 1)
 
             return add_up(sums, map(outer, range(STREAMS)))
 
-        return count_up(width // STREAMS, add, jnp.zeros((size, rows.shape[-1], LANES), kernels.dtype))
+        return count_up(width // STREAMS, add, jnp.zeros((size, halves, rows.shape[-1], LANES), x.dtype))
 
-    blocks = jnp.arange(0, num_out // LANES, size)
-    sums = block(blocks[0]) if len(blocks) == 1 else lax.map(block, blocks).reshape(-1, rows.shape[-1], LANES)
-    return sums.swapaxes(0, 1).reshape(*x.shape[:-1], *out)
+    blocks = jnp.arange(0, num_lanes // LANES, size)
+    sums = block(blocks[0]) if len(blocks) == 1 else lax.map(block, blocks).reshape(-1, halves, rows.shape[-1], LANES)
+    return sums.transpose(2, 0, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def in_words(kernels: Array) -> Array:
+    """Kernels [L, D, O] for `streamed_rows`: two bfloat16 numbers as they lie in a word, all else in float32."""
+    *lead, num_out = kernels.shape
+    if kernels.dtype != jnp.bfloat16 or kernels.shape[1] % STREAMS or num_out % (2 * LANES):
+        return kernels.astype("float32")
+    return lax.bitcast_convert_type(kernels.reshape(*lead, -1, 2), jnp.uint32)
+
+
+def _halves(words: Array) -> Array:
+    """Words [size, 1, 1, LANES] -> the two float32 numbers of each, [size, 2, 1, LANES].
+
+    XLA shifts what is in registers, where it would widen a kernel of bfloat16 whole, at each step of the loop.
+    """
+    shifts = np.uint32([16, 0]).reshape(1, 2, 1, 1)
+    return lax.bitcast_convert_type((words << shifts) & np.uint32(0xFFFF0000), jnp.float32)
 
 
 def count_up(times: int | Array, body: Callable[[Array, Array], Array], start: Array) -> Array:

@@ -22,7 +22,16 @@ from pjpo.models import attention
 from pjpo.models.decoder import Decoder, head_table, stream_kernels, transpose_kernels
 from pjpo.models.embedding import check_ids
 from pjpo.packing import prompt_keys
-from pjpo.products import LANES, MOST_STREAMED, WIDE, few_rows, has_matrix_unit, has_wide_registers, streamed_rows
+from pjpo.products import (
+    LANES,
+    MOST_STREAMED,
+    WIDE,
+    few_rows,
+    has_matrix_unit,
+    has_wide_registers,
+    in_words,
+    streamed_rows,
+)
 from pjpo.types import Batch, as_field
 
 
@@ -112,7 +121,7 @@ def program(config, params: dict, prompts: Prompts, keys: Array) -> Any:
     """The jitted function that decodes these: `streamed` where `products.streamed_rows` is fast, else `transposed`.
 
     That is for few rows in float32 on one CPU, in a program with its own options; and for bfloat16, where the processor
-    has no matrix unit for it: in twice the memory.
+    has no matrix unit for it.
     """
     leaves = jax.tree.leaves((params, prompts, keys, jnp.zeros(())))  # the last is traced where everything is
     dtypes = {config.dtype, config.param_dtype}
@@ -165,7 +174,7 @@ def _as_key(key: Any) -> Array:
 def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Array, by_streams: bool) -> Completions:
     num_prompts, width = prompts.tokens.shape
     decoder = Decoder(config)
-    table = head_table(config, params).astype("float32" if by_streams else config.decoding_dtype)
+    table = head_table(config, params)
     positions = (prompts.mask.cumsum(1) - 1).clip(0)
     _, caches = decoder.apply(params, prompts.tokens, positions, Partial(attention.prefill, prompts.mask), None)
     visible = prompt_keys(prompts.mask)
@@ -180,10 +189,11 @@ def _decode(config, sampling: Sampling, params: dict, prompts: Prompts, keys: Ar
     caches = jax.vmap(with_room)(caches) if config.scan_layers else tuple(map(with_room, caches))
     if by_streams:
         params = stream_kernels(config, params)
-        kernels = jax.lax.optimization_barrier(jnp.pad(table.T, ((0, 0), (0, -len(table) % LANES))))[None]
+        whole_words = jnp.pad(table.T, ((0, 0), (0, -len(table) % (2 * LANES))))[None]
+        kernels = jax.lax.optimization_barrier(in_words(whole_words))
         head, logsumexp = lambda hidden: streamed_rows(hidden, kernels)[..., : len(table)], _logsumexp_in_blocks
     else:
-        params = transpose_kernels(config, params)
+        params, table = transpose_kernels(config, params), table.astype(config.decoding_dtype)
         head = lambda hidden: few_rows(hidden, table.T, table)  # noqa: E731  a TPU need not copy it, turned round here
         logsumexp = functools.partial(jax.nn.logsumexp, axis=-1)
     blank = jnp.zeros((*shape, sampling.max_completion_tokens))

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjpo.products import BLOCK, LANES, WIDE, contract_rows, dot, few_rows, product, scale_columns, streamed_rows
+from pjpo.products import (
+    BLOCK,
+    LANES,
+    WIDE,
+    contract_rows,
+    dot,
+    few_rows,
+    has_wide_registers,
+    in_words,
+    product,
+    scale_columns,
+    streamed_rows,
+)
 
 
 def draw(*shapes, dtype):
@@ -53,26 +65,46 @@ def test_few_rows_of_float32_lose_nothing_to_a_kernel_of_either_dtype(kernel_dty
 @pytest.mark.parametrize(
     ("width", "out", "num_rows"),
     [
-        (576, (3, 16), 16),
-        (48, (32,), 17),
-        (16, (2 * BLOCK,), 2),
-        (32, (BLOCK + LANES,), 1),
-        (30, (16,), 16),
-        (32, (5, 3), 2),
+        (576, 48, 16),
+        (48, 32, 17),
+        (16, 2 * BLOCK, 2),
+        (32, BLOCK + LANES, 1),
+        (30, 16, 16),
+        (32, 15, 2),
     ],
 )
 def test_few_rows_as_outer_products(width, out, num_rows):
-    (x,), (kernel,) = draw((num_rows, 1, width), dtype="float32"), draw((width, *out), dtype="float32")
+    (x,), (kernel,) = draw((num_rows, 1, width), dtype="float32"), draw((width, out), dtype="float32")
     streamed = jax.jit(streamed_rows, compiler_options=WIDE)
     kernels = jnp.stack([jnp.zeros_like(kernel), kernel])
     found = streamed(x.at[0, 0, 0].set(jnp.nan), kernels, 1)
-    assert (found.shape, found.dtype) == ((num_rows, 1, *out), jnp.float32)
+    assert (found.shape, found.dtype) == ((num_rows, 1, out), jnp.float32)
     assert np.isnan(found[0]).all()
     size = np.tensordot(np.abs(wide(x)), np.abs(wide(kernel)), 1)
     np.testing.assert_array_less(np.abs(wide(found) - np.tensordot(wide(x), wide(kernel), 1))[1:], 3e-7 * size[1:])
     coarse = x.astype("bfloat16")
     expected = streamed(coarse.astype("float32"), kernels, 1)
     np.testing.assert_allclose(streamed(coarse, kernel[None]), expected, rtol=0, atol=3e-7 * size.max())
+
+
+@pytest.mark.skipif(not has_wide_registers(), reason="the processor has no registers of 512 bits")
+@pytest.mark.parametrize("out", [32, BLOCK, 2 * BLOCK, BLOCK + 2 * LANES])
+def test_kernels_of_bfloat16_are_read_as_they_lie(out):
+    (x,), (kernels,) = draw((5, 1, 32), dtype="float32"), draw((2, 32, out), dtype="bfloat16")
+    words = in_words(kernels)
+    assert (words.shape, words.dtype) == ((2, 32, out // 2), jnp.uint32)
+    kernels = kernels.at[1, 3, 5].set(jnp.inf)
+    streamed = jax.jit(streamed_rows, compiler_options=WIDE)
+    found = streamed(x, in_words(kernels), 1)
+    np.testing.assert_array_equal(found, streamed(x, kernels.astype("float32"), 1))
+    np.testing.assert_array_equal(np.isinf(found).all((0, 1)), np.arange(out) == 5)
+
+
+def test_what_fills_no_words_is_read_in_float32():
+    for shape, dtype in (((1, 32, 48), "bfloat16"), ((1, 24, 32), "bfloat16"), ((1, 32, 32), "float32")):
+        (kernels,) = draw(shape, dtype=dtype)
+        assert in_words(kernels).dtype == jnp.float32
+        np.testing.assert_array_equal(in_words(kernels), wide(kernels))
 
 
 def test_weights_of_another_dtype_are_cast_at_use_and_get_gradients_of_their_own():

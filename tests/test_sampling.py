@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import DictKey
-from scipy import stats
+from scipy import special, stats
 
 from pjpo import sampling, sharding
 from pjpo.models import load, lora
 from pjpo.products import has_matrix_unit, has_wide_registers
-from pjpo.sampling import Prompts, Sampling, _draw, choose, sequence_keys
+from pjpo.sampling import Prompts, Sampling, _draw, _logsumexp_in_blocks, choose, sequence_keys
 from pjpo.types import Batch
 from tests import tiny
 from tests.models import plain_llama
@@ -261,6 +261,15 @@ def test_rounding_leaves_no_number_beyond_the_last_token():
     beyond = np.array([w[d + 1 :].sum() / w.sum() for w, d in zip(weights, np.asarray(drawn)[0], strict=True)])
     assert (beyond < 1e-6).all()
     assert (np.take_along_axis(weights, np.asarray(drawn)[0, :, None], -1) > 0).all()
+
+
+@pytest.mark.parametrize("vocab_size", [300, 1024])
+def test_the_sum_of_a_distribution_of_any_size(vocab_size):
+    logits = np.random.default_rng(0).normal(size=(2, 3, vocab_size)).astype(np.float32)
+    logits[0] += np.float32([[1e4], [-1e4], [0]])
+    logits[1, :, 270] += np.float32([2e4, 1e3, -1e3])
+    found, expected = _logsumexp_in_blocks(jnp.asarray(logits)), special.logsumexp(np.float64(logits), axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_temperature_raises_to_a_power():

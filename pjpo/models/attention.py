@@ -75,10 +75,11 @@ def decode_cache(
     """What `decode` keeps: keys [B, K, H, P] and values [B, K, P, H] of prompts, then the completions', rows B*N.
 
     Products take these shapes as they are; XLA would copy what it has to reshape between update and product. What
-    completions keep may be in blocks instead, see `pjpo.models.filled`.
+    completions keep may be in blocks instead, see `pjpo.models.filled`, and all of it in float32 then, to which XLA
+    would widen all bfloat16 numbers at each step.
     """
-    k, v = prompt_cache
     own = filled if in_blocks else whole
+    k, v = (x.astype(jnp.float32) if in_blocks else x for x in prompt_cache)
     return jnp.swapaxes(k, -1, -2), v, *own.blank(len(k) * num_completions, k.shape[1], length, k.shape[3], v.dtype)
 
 

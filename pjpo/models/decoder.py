@@ -21,7 +21,7 @@ from pjpo.models.attention import Scoring
 from pjpo.models.decoder_config import Config
 from pjpo.models.embedding import lookup
 from pjpo.models.rope import rotary, rotate
-from pjpo.products import few_rows, product, scale_columns, streamed_rows
+from pjpo.products import few_rows, in_words, product, scale_columns, streamed_rows
 
 # Logical axes of each parameter by its name; `pjpo.sharding` maps them to axes of the mesh.
 AXES = {
@@ -92,8 +92,8 @@ class Kernel(nn.Module):
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
         kernel = kernel.reshape(-1, *self.shape[self.num_in :])
         if self.has_variable("streamed", "kernel"):
-            kernels = self.get_variable("streamed", "kernel").reshape(-1, *kernel.shape)
-            out = streamed_rows(x, kernels, self.get_variable("layer", "kernel", 0)).astype(x.dtype)
+            out = streamed_rows(x, self.get_variable("streamed", "kernel"), self.get_variable("layer", "kernel", 0))
+            out = out.astype(x.dtype).reshape(*x.shape[:-1], *kernel.shape[1:])
         elif self.has_variable("transposed", "kernel"):
             out = few_rows(x, kernel, self.get_variable("transposed", "kernel")).astype(x.dtype)
         else:
@@ -292,14 +292,20 @@ def transpose_kernels(config: Config, params: dict) -> dict:
 
 
 def stream_kernels(config: Config, params: dict) -> dict:
-    """Parameters for decoding by `pjpo.products.streamed_rows`: each layer's kernel in float32, a copy if need be.
+    """Parameters for decoding by `pjpo.products.streamed_rows`: beside each layer's kernel itself as [L, D, O].
 
     Those of scanned layers stay together, and each layer has its number, as one that is cut out would be copied.
     """
+    num_layers = config.num_layers if config.scan_layers else 1
+
+    def stream(path: tuple, kernel: Array) -> Array:
+        num_in = (1 if config.scan_layers else 0) + (3 if path[-2].key == "out" else 1)
+        flat = kernel.reshape(num_layers, -1, math.prod(kernel.shape[num_in:]))
+        return jax.lax.optimization_barrier(in_words(flat))
+
     kernels = _kernels(params)
-    wide = jax.tree.map(lambda kernel: jax.lax.optimization_barrier(kernel.astype("float32")), kernels)
     numbers = {"layer": jax.tree.map(lambda kernel: jnp.arange(len(kernel)), kernels)} if config.scan_layers else {}
-    return params | {"streamed": wide} | numbers
+    return params | {"streamed": jax.tree_util.tree_map_with_path(stream, kernels)} | numbers
 
 
 def _kernels(params: dict) -> dict:

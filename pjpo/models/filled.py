@@ -18,7 +18,7 @@ MASKED = -1e30  # a score that is finite, so that a row with nothing to look at 
 
 
 def blank(rows: int, kv_heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Keys [R, K, S, C, P, L] and values [R, K, S, L, H] of `length` steps, in whole blocks."""
+    """Keys [R, K, S, C, P, L] and values [R, K, S, L, H] of `length` steps, in whole blocks; float32 is meant."""
     num_blocks, part = -(-length // LANES), math.gcd(head_dim, LANES)
     return (
         jnp.zeros((rows, kv_heads, num_blocks, head_dim // part, part, LANES), dtype),
@@ -47,7 +47,7 @@ def scores(
 ) -> Float[Array, "R K Q T"]:
     """Products of queries with keys up to the end of `step`'s block, float32; those with later ones are MASKED."""
     rows, num_parts, size = q.shape[:3], *keys.shape[3:5]
-    q = q.reshape(*rows, num_parts, size)
+    q = q.astype(keys.dtype).reshape(*rows, num_parts, size)
 
     def block(at: Array, found: Array) -> Array:
         def add(part: Array, sums: Array) -> Array:
@@ -55,7 +55,7 @@ def scores(
                 place = np.uint32(of_part)
                 query = lax.dynamic_slice(q, (ZERO, ZERO, ZERO, part, place), (*rows, 1, 1)).reshape(*rows, 1)
                 key = lax.dynamic_slice(keys, (ZERO, ZERO, at, part, place, ZERO), (*rows[:2], 1, 1, 1, LANES))
-                return query.astype(jnp.float32) * key.reshape(*rows[:2], 1, LANES).astype(jnp.float32)
+                return query * key.reshape(*rows[:2], 1, LANES)
 
             return add_up(sums, map(product, range(size)))
 
@@ -74,14 +74,14 @@ def mix(
 ) -> Float[Array, "R K Q H"]:
     """`start` plus the values, up to the end of `step`'s block, by their weights; float32."""
     rows, head_dim = weights.shape[:3], values.shape[-1]
-    weights = weights.reshape(*rows, -1, LANES)
+    weights = weights.astype(values.dtype).reshape(*rows, -1, LANES)
 
     def block(at: Array, sums: Array) -> Array:
         def product(of_block: int) -> Array:
             place = np.uint32(of_block)
             weight = lax.dynamic_slice(weights, (ZERO, ZERO, ZERO, at, place), (*rows, 1, 1)).reshape(*rows, 1)
             value = lax.dynamic_slice(values, (ZERO, ZERO, at, place, ZERO), (*rows[:2], 1, 1, head_dim))
-            return weight.astype(jnp.float32) * value.reshape(*rows[:2], 1, head_dim).astype(jnp.float32)
+            return weight * value.reshape(*rows[:2], 1, head_dim)
 
         return add_up(sums, map(product, range(LANES)))
 
