@@ -481,9 +481,7 @@ PATCHES = {
     "plain_products": {
         "pjpo.models.decoder.product": plain_product,
         "pjpo.models.decoder.few_rows": lambda x, kernel, transposed: plain_product(x, kernel),
-        "pjpo.models.decoder.streamed_rows": lambda x, kernels, which: plain_product(x, kernels[which]),
         "pjpo.sampling.few_rows": lambda x, kernel, transposed: products.dot(x, kernel, (x.ndim - 1,), (0,)),
-        "pjpo.sampling.streamed_rows": lambda x, kernels: products.dot(x, kernels[0], (x.ndim - 1,), (0,)),
         "pjpo.logps.contract_rows": lambda a, b: products.dot(a, b, tuple(range(a.ndim - 1)), tuple(range(a.ndim - 1))),
     },
 }
