@@ -59,10 +59,10 @@ def scores(
 
             return add_up(sums, map(product, range(size)))
 
-        own = count_up(num_parts, add, jnp.zeros((*rows, LANES)))
+        own = count_up(num_parts, add, jnp.zeros((*rows, LANES), keys.dtype))
         return lax.dynamic_update_slice(found, own[:, :, :, None], (ZERO, ZERO, ZERO, at, ZERO))
 
-    masked = jnp.full((*rows, keys.shape[2], LANES), MASKED)
+    masked = jnp.full((*rows, keys.shape[2], LANES), MASKED, keys.dtype)
     return count_up(step // LANES + 1, block, masked).reshape(*rows, -1)
 
 
