@@ -104,12 +104,11 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     found["sampling/importance_sampling_ratio/min"] = _extreme(ratios, np.min)
     found["sampling/importance_sampling_ratio/mean"] = _mean(ratios)
     found["sampling/importance_sampling_ratio/max"] = _extreme(ratios, np.max)
-    if mask.shape[1] < lengths.shape[1]:  # a choice by reward is no sample of the policy
-        return found
-    logps = np.asarray(batch.old_logps)
-    found["entropy"] = _mean(-logps, mask)  # of samples from what it is the entropy of: an estimate without bias
-    if batch.ref_logps is not None:
-        found["kl_k1"] = _mean(logps - batch.ref_logps, mask)  # the same of the KL, nats per token; "kl" is the loss's
+    # Of samples from what it is the entropy of: an estimate without bias.
+    found["entropy"] = _mean(-np.asarray(scored.batch.old_logps), np.asarray(scored.batch.completion_mask))
+    all_scored = mask.shape[1] == lengths.shape[1]  # else a choice by reward, which is no sample of the policy
+    if batch.ref_logps is not None and all_scored:
+        found["kl_k1"] = _mean(batch.old_logps - batch.ref_logps, mask)  # the same of the KL; "kl" is the loss's
     return found
 
 

@@ -267,6 +267,8 @@ def test_pairs_are_a_group_s_best_and_worst_and_a_tie_gives_none(reference_of):
         ref_logps = groups.ref_logps if reference_of == "run" else groups.old_logps
         np.testing.assert_allclose(found.ref_logps[row], ref_logps[b, pair], atol=1e-5)
     assert "kl_k1" not in made._numbers  # of the best and the worst it would be another
+    entropy = -groups.old_logps[groups.completion_mask].mean()  # but this is of all four
+    assert float(made._numbers["entropy"].value()) == pytest.approx(entropy, abs=1e-5)
 
 
 def test_numbers_have_trl_s_names_and_the_values_of_a_loop():
