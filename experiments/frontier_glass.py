@@ -45,7 +45,7 @@ class Study(study.Study):
         if not all(budget > 0 for budget in self.budgets):
             raise ValueError(f"study: budgets must be > 0 nats, got {self.budgets}")
 
-    def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
+    def measure(self, start: bench.Bench, seed: int, record: study.Record) -> dict[str, float]:
         openings = start.openings("train", self.num_openings, seed)
         samples = start.sample(start.params, openings, jax.random.key(seed), self.num_completions)
         pairs = bench.best_and_worst(openings, samples, start.rewards(samples))

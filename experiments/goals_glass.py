@@ -35,7 +35,7 @@ class Study(study.Study):
     num_openings: int = 2048  # a pair of each whose scores differ
     num_completions: int = 4  # samples of an opening
 
-    def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
+    def measure(self, start: bench.Bench, seed: int, record: study.Record) -> dict[str, float]:
         rows = self.rows(start, seed)
         plain = [example_of(row) for row in rows]
         asked = [example_of(row, ask(start, float(row["goal"]))) for row in relabel.relabel(rows, SCALE)]

@@ -43,7 +43,7 @@ class Study(study.Study):
         """Numbers of pairs seen at each look."""
         return [number * self.training.batch_size for number in (*self.training.looks, self.training.num_steps)]
 
-    def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
+    def measure(self, start: bench.Bench, seed: int, record: study.Record) -> dict[str, float]:
         begins, pairs = self.starts(start, seed)
         found = {}
         for place in STARTS:

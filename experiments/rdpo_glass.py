@@ -38,7 +38,7 @@ class Study(study.Study):
             "rDPO": (rdpo.loss, rdpo.Config(beta=self.beta, flip_rate=rate)),
         }
 
-    def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
+    def measure(self, start: bench.Bench, seed: int, record: study.Record) -> dict[str, float]:
         train, test = self.pairs(start, seed)
         found = {}
         for rate in self.flip_rates:

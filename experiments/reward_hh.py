@@ -47,7 +47,7 @@ class Study(study.Study):
     def updates(self) -> tuple[int, ...]:
         return (*self.training.looks, self.training.num_steps)
 
-    def measure(self, start: pair_files.Pairs, seed: int) -> dict[str, float]:
+    def measure(self, start: pair_files.Pairs, seed: int, record: study.Record) -> dict[str, float]:
         prompts = [example.prompt.tobytes() for example in start.pairs]
         train, held_out = hold_out(start.pairs, prompts, self.start.data.num_held_out, seed)
         sets = {SEEN: train, HELD_OUT: held_out, **start.shifted}

@@ -43,7 +43,7 @@ class Study(study.Study):
     num_kept: int = 8  # by rejection sampling; half as many pairs
     sampler_beta: float = 0.5  # temperature of the tilt, in nats of the ranking model
 
-    def measure(self, start: bench.Bench, seed: int) -> dict[str, float]:
+    def measure(self, start: bench.Bench, seed: int, record: study.Record) -> dict[str, float]:
         ranker, accuracy = self.ranking_model(start, seed)
         openings = start.openings("train", self.num_openings, seed)
         candidates = start.sample(start.params, openings, jax.random.key(2 * seed + 1), self.num_candidates)

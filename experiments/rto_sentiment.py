@@ -11,6 +11,7 @@ by that classifier: 0.57 for DPO, 0.80 for PPO, 0.83 for RTO, which its interval
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import numpy as np
@@ -47,14 +48,17 @@ class Study(study.Study):
     def num_rollouts(self) -> int:
         return self.training.num_steps * self.training.batch_size // self.prompts_per_rollout
 
-    def measure(self, start: stages.Stages, seed: int) -> dict[str, float]:
+    def measure(self, start: stages.Stages, seed: int, record: study.Record) -> dict[str, float]:
         assert start.dpo, "its config trains one"
         config = start.rewarded(prompts_per_rollout=self.prompts_per_rollout, num_completions=self.num_completions)
         policies = {"params": start.dpo, "ref_params": start.sft, "dpo_params": start.dpo}
         prompts, every = start.prompts(self.num_openings), range(1, self.training.num_steps)
         found = dict(start.before)
         for name, method in (("PPO", dataclasses.replace(self.method, variant="ppo")), ("RTO", self.method)):
-            run = start.learn(rto.loss, method, config, prompts, self.training, seed=seed, at=every, **policies)
+            kept = functools.partial(record, name)
+            run = start.learn(
+                rto.loss, method, config, prompts, self.training, seed=seed, at=every, record=kept, **policies
+            )
             *_, (params, _) = points = list(run)
             log = [metrics for _, metrics in points]
             by_rollout = log[:: len(log) // self.num_rollouts]  # whose numbers are the same in each of its updates

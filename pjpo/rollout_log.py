@@ -108,7 +108,7 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     found["entropy"] = _mean(-np.asarray(scored.batch.old_logps), np.asarray(scored.batch.completion_mask))
     all_scored = mask.shape[1] == lengths.shape[1]  # else a choice by reward, which is no sample of the policy
     if batch.ref_logps is not None and all_scored:
-        found["kl_k1"] = _mean(batch.old_logps - batch.ref_logps, mask)  # the same of the KL; "kl" is the loss's
+        found["kl_k1"] = _mean(np.asarray(batch.old_logps) - batch.ref_logps, mask)  # of the KL; "kl" is the loss's
     return found
 
 

@@ -19,6 +19,7 @@ from pjpo.data.examples import Example
 from pjpo.evals import panel
 from pjpo.experiment import Model, completed
 from pjpo.logps import sum_completion
+from pjpo.metrics import Mean
 from pjpo.models.actor_critic import ActorCritic
 from pjpo.rewards import vader
 from pjpo.rewards.learned import RewardModel
@@ -156,11 +157,13 @@ class Bench:
         dpo_params: dict | None = None,
         critic: RewardModel | None = None,
         at: Sequence[int] = (),
+        record: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     ) -> Iterator[tuple[dict, dict[str, float]]]:
         """Trains online from `params`, on rollouts of the openings; `batch_size` of the training is of openings.
 
         The reference stays `ref_params`, whatever the start; `dpo_params` are of the policy that RTO's rewards are by.
         Values are those of a critic that starts as the reward model given, or else of the policy's own scalar head.
+        `record` gets rows of rollouts, as `online.Config` says how many, and one of each update's metrics.
 
         Yields:
             As `fit` does; the metrics are the rollout's too.
@@ -186,11 +189,17 @@ class Bench:
         batches.start(
             lambda state: ref_params,
             lambda batch: sharding.place_batch(batch, mesh),
-            lambda number, rows: None,
+            lambda number, rows: record([{"update": number, **row} for row in rows]),
             functools.partial(policy.logps, dpo_params),
         )
         update = batches.timed(update)
-        for trained, metrics in _looks(state, lambda state: update(state, None, batches.next(state)), training, at):
+
+        def updated(state: step.State):
+            state, metrics = update(state, None, batches.next(state))
+            record([{"kind": "update", "update": int(state.step), **_floats(metrics)}])
+            return state, metrics
+
+        for trained, metrics in _looks(state, updated, training, at):
             yield trained["actor"] if critic else trained, metrics
 
 
@@ -243,7 +252,11 @@ def _looks(
     for number in range(1, training.num_steps + 1):
         state, metrics = updated(state)
         if number in (*training.looks, *at, training.num_steps):
-            yield state.params, {name: float(mean.value()) for name, mean in metrics.items()}
+            yield state.params, _floats(metrics)
+
+
+def _floats(metrics: dict[str, Mean]) -> dict[str, float]:
+    return {name: float(mean.value()) for name, mean in metrics.items()}
 
 
 @functools.cache

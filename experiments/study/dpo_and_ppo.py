@@ -5,6 +5,7 @@ strength at every look; the choice is made by VADER on one half of the held-out 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -42,10 +43,10 @@ class Study(study.Study):
         if self.start.num_held_out % 2:
             raise ValueError(f"study: start.num_held_out must be even, to be halved, got {self.start.num_held_out}")
 
-    def measure(self, start: stages.Stages, seed: int) -> dict[str, float]:
+    def measure(self, start: stages.Stages, seed: int, record: study.Record) -> dict[str, float]:
         found = {"SFT": self.point(start, start.sft)}
         for name in ("DPO", "PPO"):
-            points = {row: self.point(start, params) for row, params in self.policies(name, start, seed)}
+            points = {row: self.point(start, params) for row, params in self.policies(name, start, seed, record)}
             within = [point for point in (found["SFT"], *points.values()) if point[DRIFT] <= self.budget]
             found |= points | {
                 f"{name}, default": points[self.rows(name, self.betas[len(self.betas) // 2])[-1]],
@@ -61,7 +62,7 @@ class Study(study.Study):
         counted = start.described(jax.tree.map(lambda x: x[half:], batch))
         return counted | {CHOICE: chosen["VADER"], DRIFT: chosen["kl"]}
 
-    def policies(self, name: str, start: stages.Stages, seed: int) -> Iterator[tuple[str, dict]]:
+    def policies(self, name: str, start: stages.Stages, seed: int, record: study.Record) -> Iterator[tuple[str, dict]]:
         """(row, parameters) of every strength at every look; the next one uses the parameters up."""
         config = start.rewarded(prompts_per_rollout=self.rollout, num_completions=1, normalised=False)
         prompts = start.prompts(self.num_openings)
@@ -71,8 +72,9 @@ class Study(study.Study):
             if name == "DPO":
                 run = start.fit(dpo.loss, of_dpo, start.pairs, self.dpo, **shared)
             else:
-                models = {"ref_params": start.sft, "critic": start.reward_model}
-                run = start.learn(ppo.loss, of_ppo, config, prompts, self.training, **shared, **models)
+                others = {"ref_params": start.sft, "critic": start.reward_model}
+                others["record"] = functools.partial(record, f"PPO, beta {betas[1]:g}")
+                run = start.learn(ppo.loss, of_ppo, config, prompts, self.training, **shared, **others)
             for row, (params, _) in zip(self.rows(name, betas), run, strict=True):
                 yield row, params
 

@@ -1,6 +1,7 @@
 """A study as a value, the command line of it, and what its run leaves in its folder.
 
-    config.json, samples.jsonl (the numbers of each seed), plot.png, result.md, summary.json, report.html
+    config.json, samples.jsonl (each seed's numbers, rollouts and their updates), plot.png, result.md, summary.json,
+    report.html
 
 A study is many short trainings, and claims about their numbers that hold or do not. Numbers are named
 "<row>: <column>", after their places in the table of `result.md`.
@@ -11,8 +12,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import datetime
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +31,7 @@ from experiments.study import bench
 from pjpo import optim, progress, report, runs, train
 from pjpo.experiment import describe, how_to_go_on
 
+Record = Callable[[str, Iterable[Mapping[str, Any]]], None]  # (training, rows): keeps them in samples.jsonl
 Claims = Mapping[str, tuple[Above | Within, ...]]  # what is claimed, and the checks that must all hold
 
 
@@ -54,8 +57,8 @@ class Study(abc.ABC):
                 raise ValueError(f"study: {name} must name one value at least")
 
     @abc.abstractmethod
-    def measure(self, start: Any, seed: int) -> Numbers:
-        """The numbers of one seed, by name."""
+    def measure(self, start: Any, seed: int, record: Record) -> Numbers:
+        """The numbers of one seed, by name; what else is worth keeping of a training goes to `record`."""
 
     @abc.abstractmethod
     def claims(self) -> Claims:
@@ -99,15 +102,15 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
     begin = study.start.load()  # first: a model that cannot be loaded leaves no folder behind
     folder = runs.open(resume, name, config, may_change=["num_seeds"]) if resume else runs.create(root, name, config)
     say(f"run: {folder.path}")
-    done = {row["step"]: row for row in runs.read(folder.path).samples}
+    done = {row["step"]: row for row in runs.read(folder.path).samples if row["kind"] == "seed"}
     try:
         with folder, progress.bar(name, study.num_seeds, "seed") as bar:
             for seed in range(study.num_seeds):
                 if seed not in done:
-                    began = time.perf_counter()
-                    numbers = dict(study.measure(begin, seed))
+                    began, kept = time.perf_counter(), []
+                    numbers = dict(study.measure(begin, seed, functools.partial(_keep, kept)))
                     done[seed] = {"kind": "seed", "numbers": numbers, "minutes": (time.perf_counter() - began) / 60}
-                    folder.sample(seed, [done[seed]])
+                    folder.sample(seed, [*kept, done[seed]])  # at once: a seed is there whole, or not at all
                 bar.update()
     except ValueError:
         if not resume:
@@ -128,6 +131,10 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
         say("{}\n    {}: {}".format(*verdict))
     say(f"report: {report.write(folder)}")
     return folder.path
+
+
+def _keep(kept: list[dict[str, Any]], training: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    kept.extend({"training": training, **row} for row in rows)
 
 
 def values(numbers: Sequence[Numbers], name: str) -> np.ndarray:

@@ -158,7 +158,7 @@ def test_rewards_are_compared_at_the_end_and_where_they_fit_their_pairs_alike(fi
     study = dataclasses.replace(
         reward_hh.EXPERIMENT, start=files, training=bench.Training(num_steps=9, looks=(3, 6)), num_asked=20
     )
-    found = study.measure(pairs, 0)
+    found = study.measure(pairs, 0, lambda training, rows: None)
     assert found["explicit: training pairs"] == pytest.approx(0.3)
     assert found["implicit: training pairs"] == pytest.approx(0.9)
     assert (found["explicit, matched: updates"], found["implicit, matched: updates"]) == (9, 3)

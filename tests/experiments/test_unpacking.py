@@ -34,7 +34,7 @@ def test_the_best_by_the_choice_is_reported_and_within_a_budget_of_kl_the_best_o
     choices = {"DPO": [1, 2, 8, 3, 4, 5, 6, 7, 9], "PPO": [9, 1, 2, 3, 4, 5, 6, 7, 8]}
     drifts = {"DPO": [1, 1, 10, 1, 1, 1, 1, 1, 11], "PPO": [2, 11, 1, 1, 1, 1, 1, 1, 1]}
 
-    def policies(self, name, start, seed):
+    def policies(self, name, start, seed, record):
         rows = [row for betas in self.betas for row in self.rows(name, betas)]
         return [(row, (name, place)) for place, row in enumerate(rows)]
 
@@ -47,12 +47,12 @@ def test_the_best_by_the_choice_is_reported_and_within_a_budget_of_kl_the_best_o
     monkeypatch.setattr(Study, "policies", policies)
     monkeypatch.setattr(Study, "point", point)
     start = type("Start", (), {"sft": "sft"})()
-    found = EXPERIMENT.measure(start, 0)
+    found = EXPERIMENT.measure(start, 0, print)
     assert found["SFT: judge"] == 0.5
     assert (found["DPO, tuned: judge"], found["PPO, tuned: judge"]) == (8, 0)
     assert (found["DPO, default: judge"], found["PPO, default: judge"]) == (5, 5)  # the middle beta, at its end
     assert (found["DPO, tuned within 10 nats: judge"], found["PPO, tuned within 10 nats: judge"]) == (2, 0)
-    nearer = dataclasses.replace(EXPERIMENT, budget=0.5).measure(start, 0)
+    nearer = dataclasses.replace(EXPERIMENT, budget=0.5).measure(start, 0, print)
     assert nearer["DPO, tuned within 0.5 nats: judge"] == 0.5  # nothing else is as near
 
 
@@ -85,7 +85,7 @@ def test_one_half_of_the_openings_is_chosen_by_and_the_other_counts(start, monke
 
 
 def test_both_begin_as_the_sft_model_and_learn_from_the_same_pairs(start, monkeypatch):
-    asked = []
+    asked, kept = [], []
     yields = [({}, {})] * EXPERIMENT.num_looks
     for name in ("fit", "learn"):
         monkeypatch.setattr(
@@ -93,7 +93,7 @@ def test_both_begin_as_the_sft_model_and_learn_from_the_same_pairs(start, monkey
         )
     monkeypatch.setattr(stages.Stages, "prompts", lambda self, number: number)
     for name in ("DPO", "PPO"):
-        assert len(list(EXPERIMENT.policies(name, start, 7))) == 9
+        assert len(list(EXPERIMENT.policies(name, start, 7, lambda *row: kept.append(row)))) == 9
     methods = [given[1] for given, _ in asked]
     assert methods[:3] == [dpo.Config(beta=beta) for beta in (0.03, 0.1, 0.3)]
     assert methods[3:] == [ppo.Config(beta=beta, missing_end_score=-10.0) for beta in (0.0125, 0.05, 0.2)]
@@ -104,9 +104,11 @@ def test_both_begin_as_the_sft_model_and_learn_from_the_same_pairs(start, monkey
             assert named["critic"] is start.reward_model
             assert named["ref_params"] is start.sft
             assert given[4] is EXPERIMENT.training
+            named["record"](["a row"])
             assert given[2].prompts_per_rollout == EXPERIMENT.minibatches * given[4].batch_size == 32
         else:
             assert given[2] is start.pairs
+    assert kept == [(f"PPO, beta {beta}", ["a row"]) for beta in (0.0125, 0.05, 0.2)]
 
 
 def test_settings_that_do_not_fit_are_refused():

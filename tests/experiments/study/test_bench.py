@@ -85,7 +85,11 @@ def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
     training = bench.Training(num_steps=3, batch_size=8, optimizer=optim.Config(learning_rate=1e-3))
     openings = begin.openings("train", 16)
 
+    kept = []
+
     def learn(**others):
+        kept.clear()
+        others["record"] = kept.extend
         run = begin.learn(rto.loss, rto.Config(), config, openings, training, seed=0, params=moved, at=(1, 2), **others)
         return [metrics for _, metrics in run]
 
@@ -93,6 +97,11 @@ def test_rollouts_keep_the_reference_and_the_dpo_policy_that_they_are_given():
     assert one["dpo_logratios/mean"] == 0
     assert min(one["kl"], two["kl"], three["kl"]) > 0.001
     assert one["reward"] == two["reward"] != three["reward"]  # a rollout is two updates
+    texts, updates = ([row for row in kept if row["kind"] == kind] for kind in ("rollout", "update"))
+    assert [row["update"] for row in texts] == [1] * 4  # two completions of two prompts, of the first rollout
+    assert all(row["reward"] == len(row["completion"]) for row in texts)
+    assert [row["update"] for row in updates] == [1, 2, 3]
+    assert [row["reward"] for row in updates] == [metrics["reward"] for metrics in (one, two, three)]
     assert learn(ref_params=begin.params, dpo_params=moved)[0]["dpo_logratios/mean"] > 0.001
     assert learn(ref_params=moved, dpo_params=moved)[0]["kl"] == pytest.approx(0, abs=1e-5)
 

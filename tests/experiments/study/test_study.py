@@ -27,8 +27,9 @@ class MadeUp(study.Study):
     training: bench.Training = dataclasses.field(default_factory=lambda: bench.Training(num_steps=1))
     measured: ClassVar[list] = []
 
-    def measure(self, start, seed):
+    def measure(self, start, seed, record):
         self.measured.append(seed)
+        record("first", [{"kind": "rollout", "reward": 0.5}, {"kind": "update", "loss": 2.0}])
         return {"a: x": 10.0 * seed + 1, "a: y": 0.5, "b: x": 10.0 * seed}
 
     def claims(self):
@@ -88,12 +89,15 @@ def test_going_on_measures_new_seeds_alone(folder, said):
     study.run("made_up", MadeUp(num_seeds=4), root="nowhere", resume=folder, say=said.append)
     assert MadeUp.measured == [0, 1, 2, 3]
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [row["numbers"]["b: x"] for row in rows] == [0, 10, 20, 30]
+    assert [row["kind"] for row in rows] == 4 * ["rollout", "update", "seed"]
+    assert [row["step"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert rows[1] == {"step": 0, "training": "first", "kind": "update", "loss": 2.0}
+    assert [row["numbers"]["b: x"] for row in rows[2::3]] == [0, 10, 20, 30]
     assert "4 seeds" in (folder / "result.md").read_text()
 
 
 def test_an_interruption_keeps_what_is_measured_and_says_how_to_go_on(tmp_path, said, monkeypatch):
-    def measure(self, start, seed):
+    def measure(self, start, seed, record):
         if seed == 1:
             raise KeyboardInterrupt
         return {"a: x": float(seed)}
@@ -106,7 +110,7 @@ def test_an_interruption_keeps_what_is_measured_and_says_how_to_go_on(tmp_path, 
 
 
 def test_what_the_first_seed_refuses_leaves_no_folder(tmp_path, said, monkeypatch):
-    def measure(self, start, seed):
+    def measure(self, start, seed, record):
         raise ValueError("made up: no such setting")
 
     monkeypatch.setattr(MadeUp, "measure", measure)
@@ -177,7 +181,7 @@ def test_curves_of_one_x_are_drawn_side_by_side_and_the_legend_covers_none():
 
 def test_a_study_that_lacks_a_part_cannot_be_made():
     class Partial(study.Study):
-        def measure(self, start, seed):
+        def measure(self, start, seed, record):
             return {}
 
     with pytest.raises(TypeError, match=r"abstract methods? .*claims.*panels"):
