@@ -1,6 +1,7 @@
 """Samples against teacher forcing, the oracle's likeliest tokens, and the distributions that the settings name."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 
@@ -13,7 +14,7 @@ from scipy import special, stats
 
 from pjpo import sampling, sharding
 from pjpo.models import load, lora
-from pjpo.products import has_matrix_unit, has_wide_registers
+from pjpo.products import has_matrix_unit, has_wide_registers, streamed_rows
 from pjpo.sampling import Prompts, Sampling, _draw, _logsumexp_in_blocks, choose, sequence_keys
 from pjpo.types import Batch
 from tests import tiny
@@ -89,10 +90,8 @@ def test_logps_of_a_pretrained_model_equal_teacher_forcing():
 
 STREAMED = [
     {},
-    {"vocab_size": 37},
-    {"scan_layers": True},
-    {"lora": lora.Config(rank=2, alpha=2.0)},
-    {"param_dtype": "bfloat16"},
+    {"vocab_size": 37, "scan_layers": True},
+    {"lora": lora.Config(rank=2, alpha=2.0), "param_dtype": "bfloat16"},
     {"sliding_window": 3, "global_layers": (1,), "attention_softcap": 5.0},
 ]
 
@@ -116,6 +115,20 @@ def test_few_rows_are_decoded_by_streams(settings, monkeypatch):
     bound = 0.1 if "dtype" in settings else LOGPS_BOUND  # eight bits of a logit of twenty
     np.testing.assert_allclose(found.logps[same], expected.logps[same], rtol=0, atol=bound)
     assert 0 < found.mask.mean() < 1
+
+
+@pytest.mark.parametrize(("param_dtype", "head"), [("float32", (1, 64, 64)), ("bfloat16", (1, 64, 32))])
+def test_streams_alone_read_the_head_as_outer_products_by_whole_registers(param_dtype, head, monkeypatch):
+    policy = tiny.make_policy(vocab_size=33, model_dim=64, param_dtype=param_dtype)
+    params, prompts, keys = tiny.make_params(policy), make_prompts(), sequence_keys(jax.random.key(0), 4, 3)
+    read = []
+    monkeypatch.setattr(
+        sampling, "streamed_rows", lambda x, kernels: read.append(kernels.shape) or streamed_rows(x, kernels)
+    )
+    for by_streams, expected in ((False, []), (True, [head])):
+        program = functools.partial(sampling._decode, policy.config, SETTINGS, by_streams=by_streams)
+        jax.eval_shape(program, params, prompts, keys)
+        assert read == expected
 
 
 def test_streams_are_for_few_rows_in_float32_on_one_cpu_alone():
