@@ -125,9 +125,8 @@ def test_streams_alone_read_the_head_as_outer_products_by_whole_registers(param_
     monkeypatch.setattr(
         sampling, "streamed_rows", lambda x, kernels: read.append(kernels.shape) or streamed_rows(x, kernels)
     )
-    for by_streams, expected in ((False, []), (True, [head])):
-        program = functools.partial(sampling._decode, policy.config, SETTINGS, by_streams=by_streams)
-        jax.eval_shape(program, params, prompts, keys)
+    for program, expected in ((sampling.transposed, []), (sampling.streamed, [head])):
+        jax.eval_shape(functools.partial(program.__wrapped__, policy.config, SETTINGS), params, prompts, keys)
         assert read == expected
 
 
