@@ -56,10 +56,8 @@ def generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: j
     visible, num_tokens = prompt_keys(prompts.mask), prompts.mask.sum(1)
     last = width - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1)
     first = jnp.take_along_axis(prompts.tokens, last[:, None], axis=1)[:, 0]
-    # Of each layer the prompts' part, [B, ..], and blank rows.
-    layers = [attention.decode_cache(cache, 1, length) for cache in prefilled]
-    of_prompts = [layer[:2] for layer in layers]
-    blank = [[jnp.zeros((num_rows, *x.shape[1:]), x.dtype) for x in layer] for layer in layers]
+    of_prompts = tuple(attention.decode_cache(cache, 1, length) for cache in prefilled)
+    blank = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), of_prompts)
     params = transpose_kernels(config, params)
 
     def fill(now: _Rows) -> _Rows:
@@ -72,9 +70,9 @@ def generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: j
         def chosen(fresh: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), fresh[prompt], old)
 
-        caches = tuple(
-            (*map(chosen, fresh, layer[:2]), *layer[2:])  # what a row kept of its own is written over, unseen
-            for fresh, layer in zip(of_prompts, now.caches, strict=True)
+        caches = tuple(  # what a row kept of its own is written over, unseen
+            attention.DecodeCache(chosen(fresh.prompt_k, old.prompt_k), chosen(fresh.prompt_v, old.prompt_v), old.own)
+            for fresh, old in zip(of_prompts, now.caches, strict=True)
         )
         return now._replace(
             number=number,
@@ -123,7 +121,7 @@ def generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: j
         step=zeros,
         inputs=zeros,
         ended=zeros == 0,
-        caches=tuple(map(tuple, blank)),
+        caches=blank,
         waiting=jnp.int32(0),
         out=Completions(nothing.astype(jnp.int32), nothing.astype(bool), nothing),
     )
@@ -132,11 +130,11 @@ def generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: j
     return jax.tree.map(lambda x: x.reshape(num_prompts, -1, length), finish(now, sampling.halvings))
 
 
-def _decode_rows(visible: jax.Array, steps: jax.Array, qkv: jax.Array, cache: tuple, scoring: Any):
+def _decode_rows(visible: jax.Array, steps: jax.Array, qkv: jax.Array, cache: Any, scoring: Any):
     """`attention.decode` of rows, each at its own step."""
 
     def one(visible, step, qkv, cache):
-        found, cache = attention.decode(visible[None], step, qkv[None], tuple(x[None] for x in cache), scoring)
-        return found[0], tuple(x[0] for x in cache)
+        found, cache = attention.decode(visible[None], step, qkv[None], jax.tree.map(lambda x: x[None], cache), scoring)
+        return found[0], jax.tree.map(lambda x: x[0], cache)
 
     return jax.vmap(one)(visible, steps, qkv, cache)

@@ -246,7 +246,7 @@ class _Growing(NamedTuple):
     keys: Array  # [B, N]
     inputs: Int[Array, "B N"]  # the newest tokens
     ended: Bool[Array, "B N"]
-    caches: tuple  # each layer's, see `attention.decode_cache`; stacked on axis 0 where layers are scanned
+    caches: Any  # each layer's `attention.DecodeCache`; stacked on axis 0 where layers are scanned
     step: Int[Array, ""]
     out: Completions
 
@@ -260,9 +260,12 @@ class _Growing(NamedTuple):
         def cached(x: Array, rows: Array) -> Array:
             return x[:, rows] if layers_axis else x[rows]
 
-        def cache(layer: tuple) -> tuple:
-            prompt_k, prompt_v, keys, values = layer
-            return cached(prompt_k, of_prompts), cached(prompt_v, of_prompts), cached(keys, rows), cached(values, rows)
+        def cache(layer: attention.DecodeCache) -> attention.DecodeCache:
+            return attention.DecodeCache(
+                prompt_k=cached(layer.prompt_k, of_prompts),
+                prompt_v=cached(layer.prompt_v, of_prompts),
+                own=jax.tree.map(lambda x: cached(x, rows), layer.own),
+            )
 
         return _Growing(
             visible=self.visible[of_prompts],

@@ -66,37 +66,39 @@ def prefill(
     return out.transpose(0, 3, 1, 2, 4), (k, v)
 
 
+class DecodeCache(NamedTuple):
+    """What `decode` keeps of a layer: XLA would copy what it has to reshape between an update and a product."""
+
+    prompt_k: Float[Array, "B K H P"]
+    prompt_v: Float[Array, "B K P H"]
+    own: whole.Cache | filled.Cache  # the completions', rows B*N
+
+
 def decode_cache(
     prompt_cache: tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]],
     num_completions: int,
     length: int,
     in_blocks: bool = False,
-) -> tuple[Array, ...]:
-    """What `decode` keeps: keys [B, K, H, P] and values [B, K, P, H] of prompts, then the completions', rows B*N.
-
-    Products take these shapes as they are; XLA would copy what it has to reshape between update and product. What
-    completions keep may be in blocks instead, see `pjpo.models.filled`, and all of it in float32 then, to which XLA
-    would widen all bfloat16 numbers at each step.
-    """
-    own = filled if in_blocks else whole
+) -> DecodeCache:
+    """A cache for `length` steps. In blocks all of it is float32, to which XLA would widen it at each step."""
+    own = filled.Cache if in_blocks else whole.Cache
     k, v = (x.astype(jnp.float32) if in_blocks else x for x in prompt_cache)
-    return jnp.swapaxes(k, -1, -2), v, *own.blank(len(k) * num_completions, k.shape[1], length, k.shape[3], v.dtype)
+    of_completions = own.blank(len(k) * num_completions, k.shape[1], length, k.shape[3], v.dtype)
+    return DecodeCache(jnp.swapaxes(k, -1, -2), v, of_completions)
 
 
 def decode(
     prompt_keys: Bool[Array, "B P"],
     step: Int[Array, ""],
     qkv: Float[Array, "B N K R H"],
-    cache: tuple[Array, ...],
+    cache: DecodeCache,
     scoring: Scoring,
-) -> tuple[Float[Array, "B N K Q H"], tuple[Array, ...]]:
-    """Token `step` of every completion attends to its prompt and to the completion so far; see `decode_cache`."""
-    prompt_k, prompt_v, keys, values = cache
+) -> tuple[Float[Array, "B N K Q H"], DecodeCache]:
+    """Token `step` of every completion attends to its prompt and to the completion so far."""
     num_prompts, num_completions, *heads = qkv.shape
     q, k, v = jnp.split(qkv.reshape(-1, *heads), [heads[1] - 2, heads[1] - 1], axis=2)  # [B*N, K, (Q, 1, 1), H]
     q = q * scoring.scale
-    own = filled if keys.ndim > 4 else whole
-    keys, values = own.write(keys, values, k[:, :, 0], v[:, :, 0], step)
+    own = cache.own.write(k[:, :, 0], v[:, :, 0], step)
 
     def by_prompt(x: Array) -> Array:  # [B*N, K, Q, ..] -> [B, K, N*Q, ..]
         x = x.reshape(num_prompts, num_completions, *x.shape[1:])
@@ -106,27 +108,22 @@ def decode(
         x = x.reshape(num_prompts, heads[0], num_completions, -1, x.shape[-1])
         return x.transpose(0, 2, 1, 3, 4).reshape(-1, heads[0], *x.shape[3:])
 
-    to_own = own.scores(q, keys, step)
+    to_own = own.scores(q, step)
     visible, own_steps = prompt_keys[:, None, None], jnp.arange(to_own.shape[-1])
     so_far = own_steps <= step
     if scoring.window is not None:
         here = prompt_keys.sum(1)[:, None] + step
         visible &= _near(here, _positions(prompt_keys), scoring.window)[:, None, None]
         so_far &= _near(step, own_steps, scoring.window)
-    to_prompt = soft_cap(einsum("bkqh,bkhs->bkqs", by_prompt(q), prompt_k), scoring.softcap)
+    to_prompt = soft_cap(einsum("bkqh,bkhs->bkqs", by_prompt(q), cache.prompt_k), scoring.softcap)
     to_prompt = by_completion(jnp.where(visible, to_prompt, MASKED))
     to_own = jnp.where(so_far[None, None, None], soft_cap(to_own, scoring.softcap), MASKED)
     peak = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
     to_prompt, to_own = jnp.exp(to_prompt - peak), jnp.exp(to_own - peak)
     total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)
-    out = by_completion(einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), prompt_v))
-    out = own.mix(to_own.astype(q.dtype), values, step, out) / total
-    return out.astype(q.dtype).reshape(num_prompts, num_completions, heads[0], -1, heads[2]), (
-        prompt_k,
-        prompt_v,
-        keys,
-        values,
-    )
+    out = by_completion(einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), cache.prompt_v))
+    out = own.mix(to_own.astype(q.dtype), step, out) / total
+    return out.astype(q.dtype).reshape(num_prompts, num_completions, heads[0], -1, heads[2]), cache._replace(own=own)
 
 
 def _queries_keys_values(heads: Array, scoring: Scoring) -> tuple[Array, Array, Array]:

@@ -14,14 +14,14 @@ def numbers(*shape):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
 
-def grown(own, length, head_dim, upto):
-    """Keys and values of tokens 0 to `upto`."""
-    keys, values = own.blank(ROWS, KV_HEADS, length, head_dim, jnp.dtype("float32"))
+def grown(of, length, head_dim, upto):
+    """A cache of tokens 0 to `upto`."""
+    cache = of.Cache.blank(ROWS, KV_HEADS, length, head_dim, jnp.dtype("float32"))
     of_tokens = numbers(2, length, ROWS, KV_HEADS, head_dim)
-    write = jax.jit(own.write)
+    write = jax.jit(of.Cache.write)
     for step in range(upto + 1):
-        keys, values = write(keys, values, *of_tokens[:, step], jnp.int32(step))
-    return keys, values
+        cache = write(cache, *of_tokens[:, step], jnp.int32(step))
+    return cache
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def grown(own, length, head_dim, upto):
 )
 def test_scores_and_mixtures_are_those_of_a_whole_cache(length, head_dim, upto):
     q, start = numbers(ROWS, KV_HEADS, QUERIES, head_dim), numbers(ROWS, KV_HEADS, QUERIES, head_dim) / 3
-    (keys, values), (all_keys, all_values) = (grown(own, length, head_dim, upto) for own in (filled, whole))
+    in_blocks, plain = (grown(of, length, head_dim, upto) for of in (filled, whole))
     step = jnp.int32(upto)
-    found, expected = filled.scores(q, keys, step), whole.scores(q, all_keys, step)
+    found, expected = in_blocks.scores(q, step), plain.scores(q, step)
     assert found.shape[-1] == -(-length // 16) * 16
     np.testing.assert_allclose(found[..., : upto + 1], expected[..., : upto + 1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[..., (upto // 16 + 1) * 16 :], np.float32(-1e30))
@@ -39,28 +39,25 @@ def test_scores_and_mixtures_are_those_of_a_whole_cache(length, head_dim, upto):
     padded = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, found.shape[-1] - upto - 1)))
     whole_weights = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, length - upto - 1)))
     np.testing.assert_allclose(
-        filled.mix(padded, values, step, start), whole.mix(whole_weights, all_values, step, start), rtol=1e-5, atol=1e-5
+        in_blocks.mix(padded, step, start), plain.mix(whole_weights, step, start), rtol=1e-5, atol=1e-5
     )
 
 
 def test_later_blocks_are_not_read():
-    keys, values = grown(filled, 48, 16, 20)
-    keys, values = keys.at[:, :, 2:].set(jnp.nan), values.at[:, :, 2:].set(jnp.nan)
+    cache = jax.tree.map(lambda x: x.at[:, :, 2:].set(jnp.nan), grown(filled, 48, 16, 20))
     q, step = numbers(ROWS, KV_HEADS, QUERIES, 16), jnp.int32(20)
-    assert np.isfinite(filled.scores(q, keys, step)).all()
+    assert np.isfinite(cache.scores(q, step)).all()
     weights = jnp.ones((ROWS, KV_HEADS, QUERIES, 48))
-    assert np.isfinite(filled.mix(weights, values, step, jnp.zeros_like(q))).all()
+    assert np.isfinite(cache.mix(weights, step, jnp.zeros_like(q))).all()
 
 
 def test_bfloat16_is_widened_before_it_is_multiplied():
-    keys, values = grown(filled, 16, 16, 15)
+    cache = grown(filled, 16, 16, 15)
     q = numbers(ROWS, KV_HEADS, QUERIES, 16).astype("bfloat16")
-    found = filled.scores(q, keys, jnp.int32(15))
+    found = cache.scores(q, jnp.int32(15))
     assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, filled.scores(q.astype("float32"), keys, jnp.int32(15)))
+    np.testing.assert_array_equal(found, cache.scores(q.astype("float32"), jnp.int32(15)))
     weights = jax.nn.softmax(found).astype("bfloat16")
-    mixed = filled.mix(weights, values, jnp.int32(15), jnp.zeros(q.shape))
+    mixed = cache.mix(weights, jnp.int32(15), jnp.zeros(q.shape))
     assert mixed.dtype == jnp.float32
-    np.testing.assert_array_equal(
-        mixed, filled.mix(weights.astype("float32"), values, jnp.int32(15), jnp.zeros(q.shape))
-    )
+    np.testing.assert_array_equal(mixed, cache.mix(weights.astype("float32"), jnp.int32(15), jnp.zeros(q.shape)))
