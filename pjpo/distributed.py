@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -139,8 +140,12 @@ class Lost(Exception):
 def is_loss(error: BaseException) -> bool:
     """Whether an error is how JAX in one process sees the end of another."""
     signs = ("gloo", "nccl", "closed by peer", "connection reset", "heartbeat", "unavailable")
-    said = str(error).lower()
-    return _count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and any(sign in said for sign in signs)
+    said = str(error)
+    # Where a value is read that another program failed to make, JAX raises a ValueError with the code of a status.
+    by_xla = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and re.match("[A-Z_]+: ", said) is not None
+    )
+    return _count() > 1 and by_xla and any(sign in said.lower() for sign in signs)
 
 
 def about_loss(error: BaseException) -> str:

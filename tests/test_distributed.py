@@ -207,6 +207,24 @@ def test_bad_settings_are_refused(settings, message):
         distributed.Config(**settings)
 
 
+@pytest.mark.parametrize(
+    ("error", "is_loss"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Read error"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), True),  # as reading a value says it
+        (ValueError("INVALID_ARGUMENT: shapes differ"), False),
+        (ValueError("data: the source is unavailable"), False),
+        (OSError("UNAVAILABLE: a disk"), False),
+    ],
+)
+def test_the_end_of_another_process_is_told_from_other_errors(error, is_loss, monkeypatch):
+    assert not distributed.is_loss(error)  # alone, nobody can be lost
+    monkeypatch.setattr(distributed, "_count", lambda: 2)
+    assert distributed.is_loss(error) == is_loss
+
+
 def test_every_difference_is_named_with_its_process(monkeypatch):
     told = [{"a": 1, "b": "x"}, {"a": 1, "b": "x"}, {"a": 2, "b": "x", "c": None}]
     monkeypatch.setattr(distributed, "gather", lambda value: told)
