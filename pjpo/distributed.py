@@ -47,9 +47,11 @@ class Config:
         if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or np.inf):
             least = f"0 to {self.num_processes - 1}" if self.num_processes else "0 or more"
             raise ValueError(f"distributed: process_id must be {least}, got {self.process_id}")
-        host, _, port = (self.coordinator or "localhost:0").rpartition(":")
-        if not (host and port.isdecimal()):
-            raise ValueError(f"distributed: coordinator must be host:port, got {self.coordinator!r}")
+        host, _, port = (self.coordinator or "localhost:1").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(
+                f"distributed: coordinator must be host:port, with a port of 1 to 65535, got {self.coordinator!r}"
+            )
 
 
 def start(config: Config) -> None:

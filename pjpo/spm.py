@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -105,19 +106,53 @@ def read(path: Path) -> tuple[Vocabulary, dict[str, str]]:
         raise ValueError(f"{path} holds {len(proto.pieces)} pieces of model_type {kind!r}, allowed: bpe, unigram")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise ValueError(f"{path}: treat_whitespace_as_suffix and escape_whitespaces=false are not read")
+    scores, kinds = [piece.score for piece in proto.pieces], [piece.type for piece in proto.pieces]
+    ids: dict[str, int] = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
+    if max(ids.values()) >= len(kinds) or UNKNOWN not in kinds or not np.isfinite(scores).all():
+        raise ValueError(
+            f"{path} is damaged: of {len(kinds)} pieces {kinds.count(UNKNOWN)} are for the unknown, its special tokens "
+            f"have ids {ids}, and {np.isfinite(scores).sum()} scores are finite; fetch it again"
+        )
+    if not _can_be_walked(normalizer.precompiled_charsmap):
+        raise ValueError(f"{path}: precompiled_charsmap points beyond its end; fetch the file again")
     vocabulary = Vocabulary(
         model=kind,
         pieces=[piece.piece for piece in proto.pieces],
-        scores=[piece.score for piece in proto.pieces],
-        kinds=[piece.type for piece in proto.pieces],
-        unk_id=[piece.type for piece in proto.pieces].index(UNKNOWN),
+        scores=scores,
+        kinds=kinds,
+        unk_id=kinds.index(UNKNOWN),
         space_prefix=normalizer.add_dummy_prefix,
         squeeze_spaces=normalizer.remove_extra_whitespaces,
         charsmap=normalizer.precompiled_charsmap,
     )
-    ids: dict[str, int] = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
     ids |= {"unk_token": vocabulary.unk_id}
     return vocabulary, {name: vocabulary.pieces[i] for name, i in ids.items() if i >= 0}
+
+
+def _can_be_walked(charsmap: bytes) -> bool:
+    """Whether no text leads beyond compiled normalisation rules, where `tokenizers` would end the program.
+
+    They are the size of a double-array trie in bytes, its units of 32 bits, and texts that end with 0. From unit i the
+    byte c leads to unit i ^ offset ^ c; a unit with bit 8 has a leaf at i ^ offset, which holds where its text begins.
+    """
+    if not charsmap:
+        return True
+    size = int.from_bytes(charsmap[:4], "little")
+    units, texts = charsmap[4 : 4 + size], charsmap[4 + size :]
+    if size == 0 or size % 4 or len(units) < size or not texts.endswith(b"\0"):
+        return False
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        return False
+    trie = np.frombuffer(units, "<u4").astype(np.int64)
+    inner = trie >> 31 == 0
+    offsets = trie >> 10 << ((trie & 1 << 9) >> 6)
+    first = np.arange(len(trie)) ^ offsets
+    if ((first | 255) >= len(trie))[inner].any():
+        return False
+    begins = trie[first[inner & (trie >> 8 & 1 == 1)]] & 2**31 - 1
+    return bool((begins < len(texts)).all()) and all(texts[i - 1] == 0 for i in set(begins.tolist()) if i)
 
 
 def train(

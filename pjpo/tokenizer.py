@@ -174,6 +174,8 @@ class Tokenizer:
         generation |= read_json(folder / "generation_config.json", default={})
         ends = generation.get("eos_token_id")
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        for i in ends:
+            _check_id("eos_token_id", i, 1 + max(backend.get_vocab().values()))
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
         return cls(
             backend,
@@ -206,6 +208,9 @@ class Tokenizer:
         model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
         named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in named.items()}
+        for name, i in ids.items():
+            if i is not None:
+                _check_id(f"tokenizer.ggml.{named[name]}_token_id", i, len(tokens))
         if model == "llama":
             backend = spm.Vocabulary(
                 model="bpe",
@@ -263,6 +268,13 @@ def read_json(path: Path, *, default: Any = None) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path} is not a readable JSON file: {error}") from error
+
+
+def _check_id(name: str, value: Any, vocab_size: int) -> None:
+    if type(value) is not int or not 0 <= value < vocab_size:
+        raise ValueError(
+            f"{name} {value!r} is no token of the vocabulary, whose ids are 0 to {vocab_size - 1}; mend it"
+        )
 
 
 def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> tokenizers.Tokenizer:

@@ -199,7 +199,9 @@ def test_a_coordinator_that_cannot_be_is_refused():
         ({"heartbeat_timeout_seconds": 0}, "heartbeat_timeout_seconds must be at least 1, got 0"),
         ({"num_processes": 2, "process_id": 2}, "process_id must be 0 to 1, got 2"),
         ({"process_id": -1}, "process_id must be 0 or more, got -1"),
-        ({"coordinator": "localhost"}, "coordinator must be host:port, got 'localhost'"),
+        ({"coordinator": "localhost"}, "coordinator must be host:port, .* got 'localhost'"),
+        ({"coordinator": "localhost:0"}, "coordinator must be host:port, with a port of 1 to 65535, got 'localhost:0'"),
+        ({"coordinator": "localhost:65536"}, "coordinator must be .* of 1 to 65535, got 'localhost:65536'"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

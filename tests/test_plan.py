@@ -679,6 +679,13 @@ def test_work_that_cannot_be_is_refused(arguments, message):
         command.run(command.parse(["Llama-3.2-1B", "--topology", "cpu:8", *arguments.split()]))
 
 
+def test_a_model_that_is_not_known_is_compared_with_shapes_too():
+    with pytest.raises(
+        SystemExit, match=r"^unknown model 'llama-3.1-8b'; did you mean 'Llama-3.1-8B'\? Allowed: Llama"
+    ):
+        command.main(["llama-3.1-8b", "--topology", "cpu:8"])
+
+
 def test_the_command_refuses_in_one_line():
     with pytest.raises(SystemExit, match=r"^unknown experiment 'dpo_glas'; did you mean 'dpo_glass'"):
         command.main(["Llama-3.2-1B", "--topology", "cpu:8", "--experiment", "dpo_glas"])

@@ -111,6 +111,47 @@ def test_folders_that_have_only_the_model_file(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+def _without_unknown(proto):
+    proto.pieces[3].type = spm.NORMAL
+
+
+def _with_charsmap(change):
+    def damage(proto):
+        charsmap = bytearray(proto.normalizer_spec.precompiled_charsmap)
+        proto.normalizer_spec.precompiled_charsmap = bytes(change(charsmap))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda proto: setattr(proto.trainer_spec, "eos_id", 9999), "special tokens have ids .*'eos_token': 9999"),
+        (_without_unknown, "of 420 pieces 0 are for the unknown"),
+        (lambda proto: setattr(proto.pieces[9], "score", float("nan")), "419 scores are finite"),
+        *[
+            (_with_charsmap(change), "precompiled_charsmap points beyond its end")
+            for change in (
+                lambda x: b"\0\0\0\0",  # no trie
+                lambda x: x[:100],  # half of one
+                lambda x: x[:-1],  # a text without its end
+                lambda x: x[:-3] + b"\xff\xff\0",  # no UTF-8
+                lambda x: x[:4] + b"\xff\xff\xff\x7f" + x[8:],  # from its root to nowhere
+                lambda x: x[: 4 + 256 * 4] + b"\xff\xff\xff\x7f" * 256 + x[4 + 512 * 4 :],  # from further down
+            )
+        ],
+    ],
+)
+def test_damaged_files_are_refused_before_they_end_the_program(tmp_path, damage, message):
+    path = tmp_path / "tokenizer.model"
+    spm.train(LINES, path, vocab_size=420, **KINDS["unigram, their defaults"])
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    damage(proto)
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match=rf"tokenizer\.model.*{message}"):
+        spm.read(path)
+
+
 @given(text=st.text())
 def test_what_is_trained_gives_every_text_back(trained_once, text):
     text = text.replace("▁", "_")  # SentencePiece's own sign for a space

@@ -186,6 +186,16 @@ def test_folder_ends_from_the_model_config_where_the_tokenizer_names_none(tmp_pa
     assert (loaded.eos_id, loaded.stop_ids, loaded.chat_template) == (2, (0, 1, 2), None)
 
 
+@pytest.mark.parametrize("value", [999, -1, 2**40, 1.5, True, "2", [2, None]])
+def test_end_tokens_that_the_vocabulary_lacks_are_refused(tmp_path, tokenizer, value):
+    with pytest.raises(ValueError, match=r"^eos_token_id .* is no token of the vocabulary, whose ids are 0 to \d+"):
+        write_folder(tmp_path, tokenizer, generation_config={"eos_token_id": value})
+    if not isinstance(value, list):
+        for name in ("eos", "padding"):
+            with pytest.raises(ValueError, match=rf"^tokenizer.ggml.{name}_token_id {value!r} is no token"):
+                Tokenizer.from_gguf(FIELDS | {f"tokenizer.ggml.{name}_token_id": value})
+
+
 def test_folder_templates(tmp_path, tokenizer):
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     loaded = write_folder(tmp_path, tokenizer, tokenizer_config={"chat_template": templates})

@@ -145,9 +145,13 @@ def hold_out(examples: Examples, prompts: Sequence[bytes], num_held_out: int, se
         if len(held_out) + len(groups[group]) <= num_held_out:
             held_out.update(groups[group])
     if len(held_out) < num_held_out or num_held_out >= len(examples):
+        least = min(map(len, groups), default=0)
+        too, way_out = "many", f"at most {max(0, min(len(held_out), len(examples) - 1))}"
+        if num_held_out < least < len(examples):
+            too, way_out = "few", f"{least}, the examples of the smallest"
         raise ValueError(
-            f"num_held_out {num_held_out} is too many for {len(examples)} examples of {len(groups)} prompts, "
-            f"as a prompt is held out as a whole; use at most {max(0, min(len(held_out), len(examples) - 1))}"
+            f"num_held_out {num_held_out} is too {too} for {len(examples)} examples of {len(groups)} prompts, "
+            f"as a prompt is held out as a whole; use {way_out}"
         )
     everything = range(len(examples))
     return examples.take(row for row in everything if row not in held_out), examples.take(sorted(held_out))

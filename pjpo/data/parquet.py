@@ -68,12 +68,16 @@ class Parquet:
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, group, _, row = self._find(index)
         with _named(self.place(index)):
-            values = self._table(number, group).slice(row, 1).to_pylist()[0]
+            rows = self._table(number, group).slice(row, 1)
         try:
-            return {name: plain(value) for name, value in values.items()}
+            return {name: plain(value) for name, value in rows.to_pylist()[0].items()}
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{self.place(index)}: bytes that are not UTF-8: {error}; store text as strings"
+            ) from error
+        except (ValueError, OverflowError, LookupError) as error:  # times and zones that Python has not
+            raise ValueError(
+                f"{self.place(index)}: a value that Python cannot hold: {error}; leave its column out, or store text"
             ) from error
 
     def _find(self, index: int) -> tuple[int, int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
@@ -83,9 +83,13 @@ class Options:
     step: int | None = None  # of which checkpoint; the best, where the run kept one, or else the last
 
 
-if __name__ == "__main__":
-    options = tyro.cli(Options, prog="python -m pjpo.models.export", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, prog="python -m pjpo.models.export", description=__doc__, args=arguments)
     try:
         print(export(**vars(options)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

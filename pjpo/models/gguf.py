@@ -28,6 +28,7 @@ GEMMA = {
     "gemma3": {"period": 6, "largest": 62, "attention_softcap": 0.0, "logit_softcap": 0.0},
 }
 ROPE_DIVISORS = "rope_freqs.weight"
+MOST_ITEMS = 2**21  # texts of a file, each of which takes a kilobyte of memory; the largest vocabularies have a third
 
 
 def read(path: Path) -> Checkpoint:
@@ -36,11 +37,30 @@ def read(path: Path) -> Checkpoint:
     Raises:
         ValueError: a damaged file, another architecture, or a setting that the decoder lacks.
     """
-    from gguf import GGUFReader  # here, so that importing pjpo stays fast
+    from gguf import GGUFReader, GGUFValueType  # here, so that importing pjpo stays fast
     from gguf.quants import dequantize
 
     class Reader(GGUFReader):
-        """Refuses what lies beyond the file's end, which `gguf` reads as nothing, as often as a damaged count says."""
+        """Refuses what lies beyond the file's end, which `gguf` reads as nothing, as often as a damaged count says.
+
+        Arrays of numbers come whole, where `gguf` makes an object of 600 bytes of each; of other arrays there is a
+        limit to all their items.
+        """
+
+        items = 0
+
+        def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> tuple[int, list, list[int], list]:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            if (dtype := self.gguf_scalar_to_np.get(GGUFValueType(int(kind[0])))) is not None:
+                values = self._get(orig_offs + 12, dtype, count[0])
+                types = [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
+                return 12 + values.nbytes, [kind, count, values], [2], types
+            self.items += int(count[0])
+            if self.items > MOST_ITEMS:
+                raise ValueError(f"its arrays have {self.items:,} texts or more, allowed: {MOST_ITEMS:,}")
+            return super()._get_field_parts(orig_offs, raw_type)
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
             end = int(offset) + int(count) * np.dtype(dtype).itemsize

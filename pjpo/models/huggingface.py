@@ -23,7 +23,12 @@ def read(folder: Path) -> Checkpoint:
     """
     stored = _config_json(folder)
     config = families.from_config_json(stored, folder / "config.json")
-    files = {name: path for path in _files(folder) for name in _tensor_names(path)}
+    files: dict[str, Path] = {}
+    for path in _files(folder):
+        for name in _tensor_names(path):
+            if name in files:
+                raise ValueError(f"{folder}: tensor {name!r} is in {files[name].name} and in {path.name}; remove one")
+            files[name] = path
     shown = _text_part(files) if stored["model_type"] == "gemma3" else {name: name for name in files}
 
     def load(name: str) -> np.ndarray:
@@ -81,6 +86,8 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no 'weight_map' from tensors to files; fetch it again")
         wanted = sorted(set(map(str, weight_map.values())))
+        if "model.safetensors" not in wanted and (folder / "model.safetensors").exists():
+            raise ValueError(f"{folder} holds model.safetensors, and an index of other files; remove one of the two")
     for name in wanted:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
             raise ValueError(

@@ -9,7 +9,9 @@ Everything is for one device. Times are the least that each resource allows by i
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
+import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from pjpo.data import examples
 from pjpo.experiment import Experiment
 from pjpo.methods import dpo
 from pjpo.models import lora
+from pjpo.models.load import PACKAGED
 from pjpo.plan import chips, shapes
 from pjpo.plan.chips import GIB
 
@@ -123,6 +126,13 @@ def shape_of(source: str, settings: Any) -> models.decoder.Config:
     chosen["lora"] = settings.lora if settings.lora.rank else None
     if source in shapes.SHAPES:
         return models.decoder.Config(**shapes.SHAPES[source] | chosen)
+    known = {name.lower(): name for name in (*shapes.SHAPES, *PACKAGED)}
+    if source not in known.values() and not pathlib.Path(source).expanduser().exists():
+        near = difflib.get_close_matches(source.lower(), known, n=1)
+        raise ValueError(
+            f"unknown model {source!r}{f'; did you mean {known[near[0]]!r}?' if near else '.'} Allowed: "
+            f"{', '.join(known.values())}, a folder with config.json, or a .gguf file"
+        )
     return models.shape(source, **chosen)
 
 

@@ -53,6 +53,24 @@ def test_values_that_json_lacks_become_text(tmp_path):
         source[0]
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (2**60, pyarrow.timestamp("ms")),
+        (2**30, pyarrow.date32()),
+        (2**62, pyarrow.duration("ms")),
+        (1, pyarrow.timestamp("ms", tz="Mars/X")),
+        (1, pyarrow.timestamp("ns")),
+    ],
+)
+def test_values_that_python_lacks_are_named(tmp_path, value, kind):
+    table = pyarrow.table({"prompt": ["a", "b"], "when": pyarrow.array([None, value], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "odd.parquet")
+    source = open_source(str(tmp_path / "odd.parquet"))
+    with pytest.raises(ValueError, match=r"^odd.parquet:1: a value that Python cannot hold: .*; leave its column out"):
+        source[1]
+
+
 def test_a_folder_of_shards_has_splits(tmp_path):
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for number in (0, 1):

@@ -13,7 +13,7 @@ from pjpo import runs
 from pjpo.checkpoints import Checkpoints
 from pjpo.experiment import Model, describe
 from pjpo.models import load, lora, save
-from pjpo.models.export import export
+from pjpo.models.export import export, main
 from pjpo.step import State
 
 FULL = Model(source="glassllm-en")
@@ -86,6 +86,16 @@ def test_what_cannot_be_exported(tmp_path):
     (tmp_path / "model" / "mine").touch()
     with pytest.raises(FileExistsError, match="is not empty"):
         export(run, tmp_path / "model")
+
+
+def test_the_command_says_which_package_is_missing(tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"model {name!r} comes with a package that is not installed")
+
+    run = write_run(tmp_path / "runs", FULL)
+    monkeypatch.setattr(sys.modules["pjpo.models.load"], "_packaged_file", missing)
+    with pytest.raises(SystemExit, match="model 'glassllm-en' comes with a package that is not installed"):
+        main([str(run), str(tmp_path / "model")])
 
 
 def test_the_command_says_what_is_missing(tmp_path):

@@ -168,6 +168,19 @@ def test_cut_short_anywhere(tmp_path):
         load(path)
 
 
+def test_arrays_take_little_memory_or_are_refused(tmp_path, monkeypatch):
+    numbers = ("x.numbers", (list(range(50_000)), gguf.GGUFValueType.ARRAY))
+    reads = []
+    get = gguf.GGUFReader._get
+    monkeypatch.setattr(gguf.GGUFReader, "_get", lambda self, *given: reads.append(given) or get(self, *given))
+    policy, _, _ = load(write(tmp_path, settings=[numbers]))
+    assert policy == load(write(tmp_path))[0]
+    assert len(reads) < 5_000  # and not one for each number
+    monkeypatch.setattr(gguf_reader, "MOST_ITEMS", 5)
+    with pytest.raises(ValueError, match=r"its arrays have \d+ texts or more, allowed: 5"):
+        load(write(tmp_path))
+
+
 def test_a_quantisation_without_a_reader_is_refused_by_name(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "new.gguf", "llama")
     kind = gguf.GGMLQuantizationType.Q8_K  # what llama.cpp computes with in between; no file should hold it

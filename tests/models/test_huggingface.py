@@ -41,8 +41,14 @@ def test_files_may_be_split_and_repeat_what_follows_from_others(tmp_path):
         save_file({name: weights[name] for name in held}, tmp_path / file)
     index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"holds model\.safetensors, and an index of other files; remove one"):
+        load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     same(load(str(tmp_path))[1], whole)
+    twice = {name: weights[name] for name in [*names[1::2], names[0]]}
+    save_file(twice, tmp_path / "model-2-of-2.safetensors")
+    with pytest.raises(ValueError, match=f"'{names[0]}' is in model-1-of-2.safetensors and in model-2-of-2"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
