@@ -28,7 +28,7 @@ GEMMA = {
     "gemma3": {"period": 6, "largest": 62, "attention_softcap": 0.0, "logit_softcap": 0.0},
 }
 ROPE_DIVISORS = "rope_freqs.weight"
-MOST_ITEMS = 2**21  # texts of a file, each of which takes a kilobyte of memory; the largest vocabularies have a third
+MOST_ITEMS = 2**20  # texts of a file, each of which takes 1.4 kB of memory; the largest vocabularies have two thirds
 
 
 def read(path: Path) -> Checkpoint:
