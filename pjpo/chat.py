@@ -60,7 +60,9 @@ def _render(template: str, messages: Sequence[Mapping[str, Any]], variables: Map
     variables = {"tools": None, "documents": None, "add_generation_prompt": False, **variables}
     compiled = _compile(template)
     try:
-        return compiled.run(mark, messages=given, **variables)
+        text = compiled.run(mark, messages=given, **variables)
+        text.encode()  # a lone surrogate is no text that a tokenizer could read
+        return text
     except Exception as error:  # the template's expressions may raise anything
         roles = ", ".join(str(message.get("role")) for message in messages)
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "

@@ -4,8 +4,8 @@ jinja2's own sandbox keeps them from Python's internals, from files and from cha
 ends those that take too long or too much memory. A run pays in steps, of which it has so many, for the nodes that it
 evaluates and for the characters and items that it reads and makes. No value may be larger than a limit, what it holds
 counted as often as its text would show it. How large the result of a call can be is known before: only the methods and
-filters in the two lists below can be used, and those of the second only where the sizes of their arguments, multiplied,
-are within a limit.
+filters in the first two lists below can be used, and those of the second only where the sizes of their arguments,
+multiplied, are within a limit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import datetime
 import functools
 import json
 import math
-import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Set, Sized, ValuesView
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized, ValuesView
 from typing import Any, ClassVar
 
 import jinja2
@@ -33,6 +33,9 @@ CHARACTERS = 32  # that a step puts together; reading is quicker, at half the pr
 MAX_LENGTH = 2_000_000  # of a text, or of the text that a list would make: a chat of half a million tokens
 MAX_GROWTH = 20_000_000  # the same, of what is not made yet
 MAX_BITS = 10_000  # of a number
+MAX_DIGITS = 300  # that a number is rounded to; the largest float has as many
+MAX_KEYS = 1000  # of a dict that are not texts: numbers can be chosen so that each is compared with all others
+MAX_PATTERN = 200  # characters of a date's pattern
 MAX_SOURCE = 200_000  # characters of a template; those that TRL carries have 17,000 at most
 _PLAIN = """
     capitalize casefold endswith find isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper lower
@@ -44,8 +47,16 @@ _GROWING = """
     center count format format_map index join ljust replace rjust zfill batch dictsort groupby indent max min round
     slice sort string tojson truncate unique
 """
+_KINDS = """
+    boolean callable defined escaped false float integer iterable mapping none number sameas sequence string true
+    undefined
+"""
 PLAIN = frozenset(_PLAIN.split())  # methods and filters that give no more than they are given
 GROWING = frozenset(_GROWING.split())  # those that may give more: each argument can at most multiply it
+KINDS = frozenset(_KINDS.split())  # tests that do not look into what they are asked about
+STEPWISE = {"map", "reject", "rejectattr", "select", "selectattr"}  # go on while what they give is read
+AT_ONCE = {"batch", "dict", "groupby", "join", "max", "min", "slice", "sort", "unique"}  # go to an iterator's end
+PAIRWISE = {"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"}  # each character with each
 
 
 @dataclasses.dataclass
@@ -95,10 +106,8 @@ def compile(source: str) -> Template:
     filters = environment.filters | {"tojson": _to_json}
     environment.filters = {name: _guarded(name, filters[name]) for name in filters if name in PLAIN | GROWING}
     environment.filters["format"] = _guarded("%", filters["format"])
-    environment.filters |= {"looked": _looked, "copied": functools.partial(_made, "copy")}
-    for name, test in environment.tests.items():
-        if test.__module__ == operator.__name__ or name == "in":
-            environment.tests[name] = _comparing(test)
+    environment.filters |= {"looked": _looked, "copied": functools.partial(_made, "copy"), "replace": _replace}
+    environment.tests = {name: _asking(name, test) for name, test in environment.tests.items()}
     allowed = {name: environment.globals[name] for name in ("range", "dict", "cycler", "joiner")}
     environment.globals = allowed | {"namespace": _Namespace}
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -183,7 +192,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check(left.bit_length() * right <= MAX_BITS, f"{left} ** {right} is larger than {MAX_BITS:,} bits")
         if operator == "*" and (isinstance(left, Sized) or isinstance(right, Sized)):
-            _afford("*", [left, right])
+            _afford("*", [right, left] if isinstance(left, int) else [left, right])
         if operator == "%" and isinstance(left, str):
             _afford("%", [left, right])
         return _made(operator, super().call_binop(context, operator, left, right))
@@ -193,14 +202,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return super().call(context, function, *args, **kwargs)
         method = getattr(function, "__wrapped__", function)  # jinja2 wraps two of a text's own methods
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str | bytes | int | float | Mapping | list | tuple | Set):
+        named = [value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")]  # jinja2's own
+        if isinstance(owner, str | bytes | int | float | Mapping | list | tuple | range | Set):
             allowed = name in PLAIN or name in GROWING
             _check(
                 allowed, f"it calls the method {name!r} of a {type(owner).__name__}, which is not among those allowed"
             )
-            _afford(name, [owner, *args, *kwargs.values()])
+            args = tuple(_held(name, value) for value in args)
+            _afford(name, [owner, *args, *named])
         else:
-            for value in (*args, *kwargs.values()):
+            if function in (dict, _Namespace):
+                args = tuple(_keys(_held("dict", value)) for value in args)
+            for value in (*args, *named):
                 _looked(value)
         return _made(name, super().call(context, function, *args, **kwargs))
 
@@ -248,8 +261,14 @@ def _size(value: Any) -> int:
         num_items += 1
         if isinstance(value, str | bytes):
             size += len(value)
+        elif isinstance(value, int):
+            size += value.bit_length() // 3
+        elif isinstance(value, float):
+            size += 24
+        elif isinstance(value, range):
+            num_items += len(value)
         elif isinstance(value, Mapping):
-            waiting += value
+            waiting += _keys(value)
             waiting += value.values()
         elif isinstance(value, list | tuple | Set | ValuesView):
             waiting += value
@@ -270,20 +289,59 @@ def _text(context: jinja2.runtime.Context, value: Any) -> str:
     return _made("string", str(_looked(value)))
 
 
+def _held(name: str, value: Any) -> Any:
+    """The items of an iterator, where all of them will be read, or they could not be counted before."""
+    return list(value) if isinstance(value, Iterator) and name in AT_ONCE else value
+
+
+def _stepwise(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _pay(1)
+        yield item
+
+
+def _num_numbers(values: Iterable[Any]) -> int:
+    """How many are no texts: each of them may have to be compared with all the others to tell them apart."""
+    return sum(not isinstance(value, str) for value in values)
+
+
+def _keys(values: Any) -> Any:
+    """The same: a dict, or pairs that one will be made of."""
+    if isinstance(values, Iterable):
+        _check(_num_numbers(values) <= MAX_KEYS, f"it makes a dict of more than {MAX_KEYS:,} keys that are no texts")
+    return values
+
+
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter, also where `map` calls it."""
     num_passed = int(hasattr(function, "jinja_pass_arg"))  # of jinja2's own, before what is filtered
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        _afford(name, [*args[num_passed:], *kwargs.values()])
-        return _made(name, function(*args, **kwargs))
+        passed, value, others = args[:num_passed], _held(name, args[num_passed]), args[num_passed + 1 :]
+        _afford(name, [value, *others, *kwargs.values()])
+        if name == "unique":
+            _pay(_num_numbers(value) ** 2 // 200)
+        if name in STEPWISE and isinstance(value, Iterable) and value:
+            value = _stepwise(value)
+        return _made(name, function(*passed, value, *others, **kwargs))
 
     return guarded
 
 
-def _comparing(test: Callable[..., bool]) -> Callable[..., bool]:
-    return lambda *values: test(*map(_looked, values))
+def _asking(name: str, test: Callable[..., bool]) -> Callable[..., bool]:
+    """A test, also where `select` calls it."""
+
+    @functools.wraps(test)
+    def asking(*args: Any, **kwargs: Any) -> bool:
+        _pay(1)
+        for value in () if name in KINDS else (*args, *kwargs.values()):
+            _looked(value)
+        formats = name in ("divisibleby", "even", "odd") and isinstance(args[0], str)  # what `%` does to a text
+        _check(not formats, f"it asks whether a text is {name!r}")
+        return test(*args, **kwargs)
+
+    return asking
 
 
 def _afford(name: str, given: list[Any]) -> None:
@@ -292,14 +350,22 @@ def _afford(name: str, given: list[Any]) -> None:
     sizes = [_size(value) for value in given[shallow:]]
     _pay(sum(sizes) // CHARACTERS // 2)
     if name in PLAIN:
+        _pay(math.prod(sizes) // 1000 if name in PAIRWISE else 0)
         return
-    sizes = [abs(value) if isinstance(value, int) and value else n for value, n in zip(given, sizes, strict=True)]
+    others = zip(given[1:], sizes[1:], strict=True)
+    counts = [abs(value) if isinstance(value, int) and value else n for value, n in others]
+    length = sizes[0] * math.prod(counts)
+    if name == "round":
+        _check(max(counts, default=0) <= MAX_DIGITS, f"it rounds to more than {MAX_DIGITS} digits")
+        return
+    if name in ("batch", "slice"):  # makes lists, which take more room than characters
+        _pay(max(counts, default=0))
     if name == "replace":  # what is replaced may be as long as the whole
         text, old, new = map(str, given[:3])
-        sizes = [text.count(old), len(new)]
+        length = text.count(old) * len(new)
     if name in ("%", "format", "format_map"):
-        sizes[0] = _num_fields(str(given[0]), name)
-    _check(math.prod(sizes) <= MAX_GROWTH, f"what {name!r} gives may be longer than {MAX_GROWTH:,}")
+        length = _format_length(str(given[0]), name, sum(sizes[1:]))
+    _check(length <= MAX_GROWTH, f"what {name!r} gives may be longer than {MAX_GROWTH:,}")
 
 
 def _made(name: str, value: Any) -> Any:
@@ -311,15 +377,32 @@ def _made(name: str, value: Any) -> Any:
             _size(value)
     if isinstance(value, int):
         _check(value.bit_length() <= MAX_BITS, f"it computes a number of more than {MAX_BITS:,} bits")
+    if isinstance(value, range):
+        _check(max(abs(value.start), abs(value.stop)) < 2**63, "it counts in numbers of more than 64 bits")
     return value
 
 
-def _num_fields(pattern: str, name: str) -> int:
-    """How many values a format may show; widths and precisions, which say how long a text becomes, must be small."""
-    bare = pattern.replace("{{", "").replace("}}", "")
-    wide = r"\d{5}|%[-+ #0\d]*\.?\*" if name == "%" else r"\d{5}|\{[^{}]*\{"  # or given as a value
-    _check(not re.search(wide, bare), f"the format {pattern!r:.200} asks for too much room")
-    return pattern.count("%" if name == "%" else "{")
+def _format_length(pattern: str, name: str, size: int) -> int:
+    """What a format may give where its values have so many characters together; a width may not be a value."""
+    if name == "%":
+        num_fields, asked = pattern.count("%"), pattern  # any number in it may be a width
+        computed = any("*" in field for field in re.findall(r"(?s)%[-+ #0]*[*\d]*\.?[*\d]*[hlL]?.", pattern))
+    else:
+        specs = [spec for _, _, spec, _ in string.Formatter().parse(pattern) if spec is not None]
+        num_fields, asked = len(specs), " ".join(specs)
+        computed = "{" in asked
+    _pay(num_fields)
+    widths = re.findall(r"\d+", asked)
+    small = not computed and all(len(width) < 8 for width in widths)
+    _check(small, f"the format {pattern!r:.200} asks for too much room")
+    return sum(map(int, widths)) + num_fields * 10 * (size + 32)  # a character may be shown as ten, a number as 320
+
+
+def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """Not jinja2's own, whose arguments may come in any order, by name."""
+    text, old, new = str(text), str(old), str(new)
+    _afford("replace", [text, old, new])
+    return _made("replace", text.replace(old, new, -1 if count is None else count))
 
 
 def _to_json(
@@ -336,4 +419,6 @@ def _raise_exception(message: str):
 
 
 def _strftime_now(pattern: str) -> str:
+    allowed = len(pattern) <= MAX_PATTERN and not re.search(r"%[^%a-zA-Z]*\d", pattern)  # digits would be a width
+    _check(allowed, f"the date's pattern {pattern!r:.200} asks for too much room")
     return datetime.datetime.now().strftime(pattern)

@@ -412,6 +412,46 @@ ESCAPES = (
     "{% for i in (1,) %}" * 99 + "{% endfor %}" * 99,
     "{{ a }}" * 99999,
 )
+REFUSED = (
+    # Work that is not paid for where it is written.
+    "{% set x = 1|round(3999999, 'ceil') %}",
+    "{% set x = 1|round(precision=-3999999) %}",
+    "{% set x = ['a']*9999 %}{% for i in range(999) %}{% if x is lower %}{% endif %}{% endfor %}",
+    "{% set x = 'a'*99999 %}{% for i in range(20) %}{% set y = x|select('upper')|first %}{% endfor %}",
+    "{% for i in range(20) %}{% set y = range(99999)|select('divisibleby', 7777777)|list %}{% endfor %}",
+    "{% set x = [0]*9999 %}{% for i in range(999) %}{% if x|select|first %}{% endif %}{% endfor %}",
+    "{% for i in range(999) %}{% if 'a' in range(99999) %}{% endif %}{% endfor %}",
+    "{% for i in range(999) %}{% if range(99999).count('a') %}{% endif %}{% endfor %}",
+    "{{ ('a'*199999).strip('b'*199999 ~ 'a') }}",
+    "{{ ('a'*199999).rfind('a'*50000 ~ 'b' ~ 'a'*50000) }}",
+    "{{ ('{0}'*70000).format('') }}",
+    # Numbers with one hash: each is compared with all others.
+    "{{ range(0, (2**61-1)*20000, 2**61-1)|unique|list|length }}",
+    "{% set x = dict(range(0, (2**61-1)*20000, 2**61-1)|batch(2)) %}",
+    "{% set x = namespace(range(4000)|batch(2)) %}",
+    # Room that is asked for in other places than in a size.
+    "{{ ('{0:9999}'*60000).format(1)|length }}",
+    "{{ ('%(a)9999d'*60000) % {'a': 1} }}",
+    "{{ ('{0!a}'*20000).format('\U0001f600'*990)|length }}",
+    "{{ '{a[}]:{b}}'.format(a={'}': 'x'}, b='499999999')|length }}",
+    "{{ '{a[}]:{b}}'.format(a={'}': 'x'}, b='99999999999')|length }}",
+    "{{ '%l%%*d' % (499999999, 1) }}",
+    "{{ '%499999999d' is odd }}",
+    "{{ '%499999999d' is divisibleby(3) }}",
+    "{{ ('a'*20000)|replace(new='b'*50000, old='a')|length }}",
+    "{{ [1]|slice(9000000)|list|length }}",
+    "{{ [1]|batch(9000000, 1)|list|length }}",
+    "{{ strftime_now('%99999999Y' ~ 'a'*500000)|length }}",
+    "{{ strftime_now('%_99999999Y')|length }}",
+    "{{ strftime_now('%c'*9999)|length }}",
+    "{{ range(99999)|join('a'*19999)|length }}",
+    "{{ (['a']*2000)|map('upper')|join('b'*199999)|length }}",
+    "{{ ('b'*199999).join((['a']*2000)|map('upper'))|length }}",
+    "{{ ('{0}'*1000).format([2**4900]*10000)|length }}",
+    "{{ range(0, 2**4900*19999, 2**4900)|list|length }}",
+    # What is no text at all.
+    "{{ '%c' % 55296 }}",
+)
 
 
 RENDER = """
@@ -439,13 +479,14 @@ def test_a_template_reaches_nothing(num_steps):
 
     Memory has a limit of the system's, which no allocation escapes: one beyond it is a MemoryError.
     """
-    given = [ESCAPES, [{"role": "user", "content": "hello"}], num_steps or sandbox.MAX_STEPS, ROOM]
+    templates = ESCAPES + REFUSED
+    given = [templates, [{"role": "user", "content": "hello"}], num_steps or sandbox.MAX_STEPS, ROOM]
     command = [sys.executable, "-c", RENDER]
     run = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, check=True, timeout=600)
     results = [json.loads(line) for line in run.stdout.splitlines()]
-    for template, (shown, said, seconds, same) in zip(ESCAPES, results, strict=True):
+    for template, (shown, said, seconds, same) in zip(templates, results, strict=True):
         assert not any(word in shown for word in ("class", "builtins", "root:", "uid=", "function")), template
-        assert said.startswith("the chat template ") or not said, template
+        assert said.startswith("the chat template ") or (not said and template not in REFUSED), template
         assert len(said) < 3000, template
         assert "MemoryError" not in said, template
         assert seconds < SECONDS, template
