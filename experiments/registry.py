@@ -148,7 +148,7 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         again = shlex.join(["python", *sys.orig_argv[1:]])
         leave(f"stopped before there was anything to go on with, so nothing was kept. Start again with: {again}")
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+    except (ValueError, RuntimeError, FloatingPointError, ImportError, OSError) as error:
         if not is_told(error):
             raise
         raise SystemExit(str(error)) from None

@@ -39,8 +39,12 @@ class Study(study.Study):
     def __post_init__(self):
         super().__post_init__()
         num_prompts, size, num_steps = self.prompts_per_rollout, self.training.batch_size, self.training.num_steps
-        if num_prompts % size:
-            raise ValueError(f"study: prompts_per_rollout {num_prompts} is not divisible by training.batch_size {size}")
+        if num_prompts < 1 or num_prompts % size:
+            raise ValueError(
+                f"study: prompts_per_rollout must be a multiple of training.batch_size {size}, got {num_prompts}"
+            )
+        if not self.start.model.scalar_head:
+            raise ValueError("study: the critic is the policy's own; start.model.scalar_head must be True, got False")
         if num_steps < (least := PARTS * num_prompts // size):
             raise ValueError(f"study: training.num_steps must be >= {least}, {PARTS} rollouts, got {num_steps}")
 
@@ -51,14 +55,12 @@ class Study(study.Study):
     def measure(self, start: stages.Stages, seed: int, record: study.Record) -> dict[str, float]:
         assert start.dpo, "its config trains one"
         config = start.rewarded(prompts_per_rollout=self.prompts_per_rollout, num_completions=self.num_completions)
-        policies = {"params": start.dpo, "ref_params": start.sft, "dpo_params": start.dpo}
         prompts, every = start.prompts(self.num_openings), range(1, self.training.num_steps)
+        shared = {"seed": seed, "at": every, "params": start.dpo, "ref_params": start.sft, "dpo_params": start.dpo}
         found = dict(start.before)
         for name, method in (("PPO", dataclasses.replace(self.method, variant="ppo")), ("RTO", self.method)):
             kept = functools.partial(record, name)
-            run = start.learn(
-                rto.loss, method, config, prompts, self.training, seed=seed, at=every, record=kept, **policies
-            )
+            run = start.learn(rto.loss, method, config, prompts, self.training, record=kept, **shared)
             *_, (params, _) = points = list(run)
             log = [metrics for _, metrics in points]
             by_rollout = log[:: len(log) // self.num_rollouts]  # whose numbers are the same in each of its updates

@@ -91,6 +91,7 @@ def gae(
         here = jnp.where(own, value, next_value), jnp.where(own, advantage, next_advantage)
         return here, advantage
 
+    gamma, lam = float(gamma), float(lam)  # a number of NumPy would widen what it meets
     rewards, values, mask = widened(rewards), widened(values), _mask_of(rewards, mask)
     dtype = jnp.promote_types(rewards.dtype, values.dtype)
     tokens_first = [jnp.moveaxis(x, -1, 0) for x in (rewards.astype(dtype), values.astype(dtype), mask)]

@@ -78,11 +78,11 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.is_dir() and path.name.isdecimal())
 
     def best(self) -> int | None:
-        """The step of the checkpoint that is best by `keep_best_by`; None if none was saved with that metric."""
+        """The step of the best good checkpoint by `keep_best_by`; None if none was saved with that metric."""
         scores = {}
         for step in self.steps():
             path = self.folder / str(step) / "metrics" / "metrics"
-            metrics = json.loads(path.read_text()) if path.exists() else {}
+            metrics = json.loads(path.read_text()) if path.exists() and not _damage(path.parent.parent) else {}
             if self._metric in metrics:
                 scores[step] = self._score(metrics)
         return max(scores, key=lambda step: scores[step], default=None)
@@ -186,8 +186,10 @@ class Checkpoints:
             self.say(f"{self.folder / str(found)}: a damaged checkpoint, ignored: {problem}")
         if problems:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
-            known = f"Known steps: {', '.join(map(str, self.steps())) or 'none'}. " if step is not None else ""
-            raise ValueError(f"no good checkpoint in {self.folder}: {listed}. {known}Remove that folder to start anew")
+            if step is not None:
+                others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+                raise ValueError(f"{self.folder} has no good checkpoint of {listed}; others are: {others}")
+            raise ValueError(f"no good checkpoint in {self.folder}: {listed}. Remove that folder to start anew")
         return None, sorted(damaged)
 
     def _read(self, step: int, like: Any, inside: str) -> Restored:
@@ -322,6 +324,8 @@ def _damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are as they were written."""
     try:
         files = json.loads((path / FILES).read_text())
+        if missing := {"state", "about"} - {name.partition("/")[0] for name in files}:
+            return f"{FILES} names nothing of {', '.join(sorted(missing))}"
         for name, [size, checksum] in files.items():
             if not (path / name).is_file():
                 return f"{name} is missing"

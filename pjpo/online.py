@@ -248,7 +248,8 @@ class Rollouts:
                 "completion is cut; give one in stop, or set truncated to keep"
             )
         self.buckets = _buckets(config, policy, examples)
-        config.rewards.check({name for example in examples for name in example.columns})
+        self._columns = dict.fromkeys(name for example in examples for name in example.columns)  # of any row
+        config.rewards.check(self._columns)
         self._scored_together = scored_together or batch_size
         self._order = order(examples, seed, weights=weights)
         self._num_rollouts = self._num_prompts = 0  # so far
@@ -323,11 +324,11 @@ class Rollouts:
     def _roll_out(self, state: Any) -> list[Batch]:
         clock = _Clock()
         params, key = state.params, jax.random.fold_in(state.key, self._num_rollouts)
-        width = self.buckets.prompt_tokens[-1]
+        width, num_prompts = self.buckets.prompt_tokens[-1], self.config.prompts_per_rollout
         everything: list[Scored] = []
         kept: list[Scored] = []
         for refill in range(1 + self.config.max_refills * self.config.dynamic_sampling):
-            missing = self.config.prompts_per_rollout - sum(len(part.examples) for part in kept)
+            missing = num_prompts - sum(len(part.examples) for part in kept)
             if not missing:
                 break
             asked = [self.examples[self._order[self._num_prompts + number]] for number in range(missing)]
@@ -338,7 +339,7 @@ class Rollouts:
                 [example.prompt for example in asked],
                 jax.random.fold_in(key, refill),
                 self.sampling,
-                batch_size=self.config.sampling_batch_size or self.config.prompts_per_rollout,
+                batch_size=min(self.config.sampling_batch_size or num_prompts, num_prompts),
                 width=width,
             )
             clock("time/generate")
@@ -354,7 +355,13 @@ class Rollouts:
         differences = logps - sampled[:, :, : logps.shape[2]]
         whole, of_method = self._with_advantages(batch, scored.truncated, dpo_logps)
         clock("time/score")
-        self._numbers = numbers(Scored.join(everything), batch, differences) | of_method | clock.means
+        self._numbers = (
+            numbers(
+                Scored.join(everything), batch, differences, chosen=self.config.pairs or self.config.dynamic_sampling
+            )
+            | of_method
+            | clock.means
+        )
         generated = sum(int(part.batch.completion_mask.sum()) for part in everything)
         self._numbers["speed/generate_tokens_per_second"] = _mean(generated, clock.seconds["time/generate"])
         if self._num_rollouts % self.config.log_every_rollouts == 0:
@@ -398,7 +405,8 @@ class Rollouts:
 
     def _scored(self, examples: list[Example], batch: Batch) -> Scored:
         """With rewards; a completion that got none does not count in the loss, and methods leave its nan out."""
-        scores = judge(self.config.rewards, batch, examples, self.tokenizer)
+        rows = [dataclasses.replace(row, columns={**self._columns, **row.columns}) for row in examples]
+        scores = judge(self.config.rewards, batch, rows, self.tokenizer)
         for failure in scores.failures[:3]:
             self._say(str(failure))
         totals = scores.total

@@ -69,6 +69,7 @@ COLORS = {"chosen": "#0072b2", "rejected": "#d55e00", "margins": "#4d4d4d"}
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers too
 BEST_OF = {"color": "#666666", "zorder": 1}
 STYLE = {
+    "text.parse_math": False,  # a name may hold dollars
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

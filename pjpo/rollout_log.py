@@ -69,13 +69,14 @@ class Scored:
         return cls(examples, batch, truncated, rewards, failures)
 
 
-def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, Mean]:
+def numbers(scored: Scored, batch: Batch, differences: np.ndarray, *, chosen: bool) -> dict[str, Mean]:
     """Metrics of a rollout, named as in TRL's GRPO trainer.
 
     Args:
         scored: all that was sampled, groups that were left out included.
         batch: what is trained on, with `old_logps` and, if there is a reference, `ref_logps`.
         differences: log-probs of the trainer less those of the sampler, [B, N, T]; nats.
+        chosen: whether the batch was chosen by reward, so that it is no sample of the policy.
     """
     totals = np.asarray(scored.batch.rewards, np.float64)
     lengths = np.asarray(scored.batch.completion_mask).sum(-1)
@@ -106,8 +107,7 @@ def numbers(scored: Scored, batch: Batch, differences: np.ndarray) -> dict[str, 
     found["sampling/importance_sampling_ratio/max"] = _extreme(ratios, np.max)
     # Of samples from what it is the entropy of: an estimate without bias.
     found["entropy"] = _mean(-np.asarray(scored.batch.old_logps), np.asarray(scored.batch.completion_mask))
-    all_scored = mask.shape[1] == lengths.shape[1]  # else a choice by reward, which is no sample of the policy
-    if batch.ref_logps is not None and all_scored:
+    if batch.ref_logps is not None and not chosen:
         found["kl_k1"] = _mean(np.asarray(batch.old_logps) - batch.ref_logps, mask)  # of the KL; "kl" is the loss's
     return found
 

@@ -147,7 +147,18 @@ class RunFolder:
         write_whole(path, json.dumps(known | _plain(numbers), indent=1))
 
     def rewind(self, step: int) -> None:
-        """Forgets metrics and samples after `step`, to go on from the checkpoint of that step."""
+        """Forgets metrics and samples after `step`, and that the run finished, to go on from the checkpoint of then.
+
+        Raises:
+            ValueError: a finished run would be forgotten whole.
+        """
+        known = _read_summary(self.path)
+        if known.pop("finished", False):
+            if step < 0:
+                raise ValueError(
+                    f"{self.path} finished, but has no checkpoint to go on from; its numbers stay. Start a new run"
+                )
+            write_whole(self.path / "summary.json", json.dumps(_plain(known), indent=1))
         for name in ("metrics.jsonl", "samples.jsonl"):
             self._forget(name, after=step)
         self._events.rewind(step)
@@ -285,7 +296,11 @@ def read(path: str | os.PathLike) -> Run:
     for row in _read_lines(path / "metrics.jsonl"):
         step = row.pop("step")
         for name, value in row.items():
-            columns.setdefault(name, {})[step] = float(value)
+            try:
+                columns.setdefault(name, {})[step] = float(value)
+            except (TypeError, ValueError):
+                place = f"{path / 'metrics.jsonl'}, step {step}"
+                raise ValueError(f"{place}: {name} is no number but {value!r}; remove that line") from None
     metrics = {}
     for name, values in columns.items():
         steps = sorted(values)

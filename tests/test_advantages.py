@@ -87,6 +87,13 @@ def test_gae_of_any_leading_axes_and_by_default():
     np.testing.assert_allclose(whole[1][..., 0], jnp.where(mask, rewards, 0).sum(-1) * mask[..., 0], atol=1e-5)
 
 
+def test_a_discount_of_numpy_widens_nothing():
+    with online.x64("float64"):
+        rewards = jnp.ones((1, 3), jnp.float32)
+        found, _ = adv.gae(rewards, rewards, jnp.ones((1, 3), bool), gamma=np.float64(0.9), lam=np.float64(0.5))
+    assert found.dtype == jnp.float32
+
+
 def test_whitening_of_one_value_and_of_next_to_no_deviation():
     np.testing.assert_array_equal(adv.whiten(jnp.array([3.0, 5.0]), jnp.array([False, True])), 0)
     values = jnp.array([-1e-4, 1e-4])  # with a variance of 2e-8, to which 1e-8 is added

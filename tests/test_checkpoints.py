@@ -180,9 +180,26 @@ def test_without_a_good_checkpoint_it_stops(checkpoints):
         checkpoints.restore(make_state())
 
 
+def test_a_list_without_state_is_no_good_checkpoint(checkpoints, said):
+    save_all(checkpoints, 1, 2)
+    (checkpoints.folder / "2" / "files.json").write_text("{}")
+    assert checkpoints.restore(make_like(make_state())).step == 1
+    assert any("names nothing of about, state" in line for line in said)
+
+
+def test_the_best_is_a_good_one(tmp_path):
+    with Checkpoints(tmp_path, ("score", "max")) as checkpoints:
+        for step, score in ((1, 0.5), (2, 0.7)):
+            checkpoints.save(step, make_state(), metrics={"score": score})
+        checkpoints.wait()
+        assert checkpoints.best() == 2
+        (tmp_path / "2" / "metrics" / "metrics").write_text("{")
+        assert checkpoints.best() == 1
+
+
 def test_an_unknown_step_is_refused(checkpoints):
     save_all(checkpoints, 1, 2)
-    with pytest.raises(ValueError, match=r"step 3.*Known steps: 1, 2"):
+    with pytest.raises(ValueError, match=r"no good checkpoint of step 3: .*; others are: 1, 2$"):
         checkpoints.restore(make_state(), step=3)
 
 

@@ -267,8 +267,37 @@ def test_pairs_are_a_group_s_best_and_worst_and_a_tie_gives_none(reference_of):
         ref_logps = groups.ref_logps if reference_of == "run" else groups.old_logps
         np.testing.assert_allclose(found.ref_logps[row], ref_logps[b, pair], atol=1e-5)
     assert "kl_k1" not in made._numbers  # of the best and the worst it would be another
+    of_two = make(tied, method=dpo.Config(), num_completions=2, pairs=True, reference=reference_of)
+    of_kept = make(tied, dynamic_sampling=True)
+    for chosen in (of_two, of_kept):
+        whole(chosen)
+        assert "kl_k1" not in chosen._numbers
     entropy = -groups.old_logps[groups.completion_mask].mean()  # but this is of all four
     assert float(made._numbers["entropy"].value()) == pytest.approx(entropy, abs=1e-5)
+
+
+def test_a_rollout_may_have_no_row_with_a_column_that_others_have():
+    some = [
+        dataclasses.replace(row, columns=row.columns | {"answer": 1} if n == 0 else row.columns)
+        for n, row in enumerate(EXAMPLES)
+    ]
+    seen = []
+
+    def reads(completions, *, answer):
+        seen.extend(answer)
+        return [0.0] * len(completions)
+
+    config = online.Config(
+        rewards=Rewards(functions=(reads,), weights=(1.0,)),
+        prompts_per_rollout=2,
+        num_completions=2,
+        max_completion_tokens=2,
+    )
+    made = online.Rollouts(config, METHOD, POLICY, Alphabet(), some, batch_size=2, seed=5)
+    made.start(lambda state: reference(), lambda batch: batch, lambda step, rows: None)
+    for _ in range(4):
+        whole(made)
+    assert {None, 1} == set(seen)
 
 
 def test_numbers_have_trl_s_names_and_the_values_of_a_loop():

@@ -205,6 +205,24 @@ def test_rewind_forgets_what_came_after(folder):
     assert run.metrics["eval/kl"][1][-1] == 0.1 * 3  # every bit of it
 
 
+def test_what_goes_on_has_not_finished_and_what_finished_is_not_forgotten_whole(folder):
+    folder.log(5, {"loss": 1.0})
+    folder.summary({"finished": True, "eval/score": float("nan")})
+    with pytest.raises(ValueError, match="finished, but has no checkpoint to go on from; its numbers stay"):
+        folder.rewind(-1)
+    assert runs.read(folder).summary["finished"]
+    folder.rewind(4)
+    assert list(runs.read(folder).summary) == ["eval/score"]
+    folder.rewind(-1)
+
+
+@pytest.mark.parametrize("value", [None, "six", [1]])
+def test_a_metric_that_is_no_number_is_named(folder, value):
+    (folder.path / "metrics.jsonl").write_text(json.dumps({"step": 6, "loss": value}) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, step 6: loss is no number but .*; remove that line"):
+        runs.read(folder)
+
+
 def test_half_a_line_is_ignored_and_then_gone(folder):
     folder.log(1, {"loss": 0.5})
     with (folder.path / "metrics.jsonl").open("a") as file:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Literal
+from decimal import Decimal
+from typing import Any, Literal
 
 Extract = Literal["all", "first number", "last number", "first line", "tag", "####"]
 # A minus behind a digit subtracts; commas part thousands, or else numbers.
-NUMBER = r"(?:(?<!\d)-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+NUMBER = r"(?:(?<!\d)-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))(?:\.\d+)?"
 
 
 def extract(text: str, how: Extract) -> str | None:
@@ -29,3 +31,15 @@ def extract(text: str, how: Extract) -> str | None:
     if not found:
         return None
     return found[0 if how == "first number" else -1].replace("$", "").replace(",", "")
+
+
+def written(answer: Any) -> str:
+    """A row's answer as text; a number in digits, which `str` does not keep to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if answer is None:
+        raise ValueError("the row has no answer; leave it out of the data")
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    return format(Decimal(str(answer)), "f") if is_number else str(answer)

@@ -36,11 +36,17 @@ class Config:
         keywords = {"completions": completions, "completion_ids": completion_ids, **columns}
         scores = call(self.verifier, keywords)
         rows = zip(completion_ids, scores, strict=True)
-        return [None if score is None else self.reward(len(ids), score >= 1) for ids, score in rows]
+        return [
+            None if score is None or math.isnan(score) else self.reward(len(ids), score >= 1) for ids, score in rows
+        ]
 
     def prepare(self) -> None:
         if hasattr(self.verifier, "prepare"):
             self.verifier.prepare()
+
+    def warm_up(self, completions: list[str], **given) -> None:
+        if hasattr(self.verifier, "warm_up"):
+            call(self.verifier.warm_up, {"completions": completions, **given})
 
     def reward(self, num_tokens: int, is_right: bool) -> float:
         """Of one completion."""

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Literal
 
 from pjpo import checks
-from pjpo.rewards.answers import extract
+from pjpo.rewards.answers import extract, written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Config:
         Raises:
             ValueError: a row whose answer holds no number.
         """
-        return [float(self._is_right(text, str(gold))) for text, gold in zip(completions, answer, strict=True)]
+        return [float(self._is_right(text, written(gold))) for text, gold in zip(completions, answer, strict=True)]
 
     def _is_right(self, completion: str, answer: str) -> bool:
         right = extract(answer, "####") or extract(answer, "last number")

@@ -79,7 +79,16 @@ class RewardModel:
             )
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         encode = self.tokenizer.encode
-        return _padded(list(map(encode, prompts)), [[[*encode(text), *end] for text in row] for row in completions])
+        return self.padded(list(map(encode, prompts)), [[[*encode(text), *end] for text in row] for row in completions])
+
+    def padded(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> Batch:
+        """Token ids of B prompts, and of N completions of each, padded to one of few widths that the model takes."""
+        flat, room = [ids for row in completions for ids in row], self.policy.config.max_positions
+        prompt_tokens, prompt_mask = _pad(prompts, room - max(map(len, flat), default=0))
+        tokens, mask = (x.reshape(len(completions), -1, x.shape[-1]) for x in _pad(flat, room - prompt_tokens.shape[1]))
+        return Batch.of(
+            prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, completion_tokens=tokens, completion_mask=mask
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +185,7 @@ class Config:
         places = np.arange(-(-len(completions) // self.batch_size) * self.batch_size).clip(max=len(completions) - 1)
         make, starts, ends = model.encoded, prompts, completions
         if prompt_ids and completion_ids and tokenizer and set(tokenizer) == {model.tokenizer.fingerprint}:
-            make, starts, ends = _padded, prompt_ids, completion_ids
+            make, starts, ends = model.padded, prompt_ids, completion_ids
         return [
             make([starts[i] for i in part], [[ends[i]] for i in part])
             for part in places.reshape(-1, self.batch_size)  # the last one filled up with copies: one shape
@@ -201,17 +210,7 @@ def _compiled(source: str, normalise: bool, param_dtype: str, prompts: tuple[int
     model.scores(batch, model.tokenizer)
 
 
-def _padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> Batch:
-    """Token ids of B prompts, and of N completions of each."""
-    prompt_tokens, prompt_mask = _pad(prompts)
-    flat = _pad([ids for row in completions for ids in row])
-    tokens, mask = (rows.reshape(len(completions), -1, rows.shape[-1]) for rows in flat)
-    return Batch.of(
-        prompt_tokens=prompt_tokens, prompt_mask=prompt_mask, completion_tokens=tokens, completion_mask=mask
-    )
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: Sequence[Sequence[int]], room: int) -> tuple[np.ndarray, np.ndarray]:
     tokens, mask = pad(rows)
-    more = [(0, 0), (0, -tokens.shape[1] % WIDTH)]
+    more = [(0, 0), (0, max(0, min(-tokens.shape[1] % WIDTH, room - tokens.shape[1])))]
     return np.pad(tokens, more), np.pad(mask, more)

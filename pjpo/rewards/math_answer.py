@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pjpo.rewards.answers import written
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -31,7 +33,7 @@ class Config:
             found = math_verify.parse(text, parsing_timeout=None)
             return math_verify.verify(expected, found, timeout_seconds=None)
 
-        return [float(is_right(text, str(gold))) for text, gold in zip(completions, answer, strict=True)]
+        return [float(is_right(text, written(gold))) for text, gold in zip(completions, answer, strict=True)]
 
     def prepare(self):
         """The package."""

@@ -225,6 +225,7 @@ class Rewards:
         weighing = [(rewards[name], weight) for name, weight in zip(rewards, self.weights, strict=True) if weight]
         weighted = np.array([weight * values for values, weight in weighing])
         total = np.where(np.isfinite(weighted).any(0), np.nansum(weighted, axis=0), np.nan)
+        total = np.where(np.abs(total) <= np.finfo(np.float32).max, total, np.nan)  # by a weight without bounds
         return Scores(
             total.astype(np.float32), {name: values.astype(np.float32) for name, values in rewards.items()}, failures
         )
@@ -256,7 +257,7 @@ class Rewards:
                 found = limited(lambda own=own: call(function, own), max(seconds, 1e-3))  # 0 would be no limit
                 if len(found) != len(part):
                     raise ValueError(f"gave {len(found)} values for {len(part)} completions")
-                numbers = [math.nan if value is None else float(value) for value in found]
+                numbers = [math.nan if value is None else float(np.float32(value)) for value in found]
             except ImportError:
                 raise
             except Exception as error:  # whatever it is, it belongs to the completions and is told with them

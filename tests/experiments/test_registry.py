@@ -14,6 +14,7 @@ from experiments import registry
 from experiments.study import study
 from pjpo import experiment
 from pjpo.models import lora
+from pjpo.rewards.protocol import Rewards
 
 ROOT = Path(__file__).parents[2]
 STUDIES = [name for name in registry.names() if isinstance(registry.get(name), study.Study)]
@@ -229,6 +230,12 @@ def test_bugs_keep_their_traceback(command, monkeypatch, bug):
     monkeypatch.setattr(experiment, "run", run)  # from a file that is not the project's
     with pytest.raises(type(bug)):
         command("dpo_glass")
+
+
+def test_a_reward_that_may_not_fail_is_told_in_a_line():
+    rewards = Rewards(functions=(lambda completions: [None],), weights=(1.0,), names=("mine",), on_error="raise")
+    with pytest.raises(SystemExit, match=r"^reward 'mine', row 0, completion 0: gave None$"), registry.told():
+        rewards.score(["p"], [["a"]])
 
 
 def test_an_error_of_the_machine_is_told_in_a_line(command, monkeypatch):

@@ -84,8 +84,12 @@ def test_rollouts_are_rewarded_with_what_held_out_samples_are_measured_by():
     assert start.before["SFT: VADER"] == pytest.approx(start.of_samples(start.params)["reward"])
     assert start.before["SFT: kl"] == pytest.approx(0, abs=1e-4)
     assert abs(start.before["DPO: kl"]) > 0.01  # of a dozen samples, so its sign is open
-    with pytest.raises(ValueError, match=r"prompts_per_rollout 5 is not divisible by training.batch_size 4"):
+    with pytest.raises(ValueError, match=r"prompts_per_rollout must be a multiple of training.batch_size 4, got 5"):
         dataclasses.replace(rto_sentiment.EXPERIMENT, prompts_per_rollout=5)
+    with pytest.raises(ValueError, match=r"prompts_per_rollout must be a multiple of training.batch_size 4, got 0"):
+        dataclasses.replace(rto_sentiment.EXPERIMENT, prompts_per_rollout=0)
+    with pytest.raises(ValueError, match=r"start.model.scalar_head must be True, got False"):
+        registry.override(rto_sentiment.EXPERIMENT, {"start.model.scalar_head": False})
     with pytest.raises(ValueError, match=r"training.num_steps must be >= 8, 4 rollouts, got 7"):
         registry.override(rto_sentiment.EXPERIMENT, {"training.num_steps": 7})
 

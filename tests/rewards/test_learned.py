@@ -120,6 +120,17 @@ def test_what_was_sampled_is_scored_token_by_token_where_the_tokenizer_is_the_mo
     np.testing.assert_allclose(rewards.of_samples(batch, example, other).total, as_texts, atol=1e-5)
 
 
+def test_what_fits_the_model_is_scored_whatever_it_is_padded_to(model):
+    room = model.policy.config.max_positions
+    prompts, completions = [[1] * (room - 5), [2, 3]], [[[4] * 5], [[4, 1]]]
+    batch = model.padded(prompts, completions)
+    assert batch.prompt_tokens.shape[1] + batch.completion_tokens.shape[-1] == room
+    assert np.isfinite(model.scores(batch, model.tokenizer)).all()
+    short = model.padded([[1]], [[[4] * (room - 1)]])
+    assert (short.prompt_tokens.shape[1], short.completion_tokens.shape[-1]) == (1, room - 1)
+    assert np.isfinite(model.scores(short, model.tokenizer)).all()
+
+
 def test_a_warm_up_compiles_what_the_call_needs(folder, compiled):
     policy_module._values.clear_cache()  # of other tests, some of which have this shape
     config = learned.Config(source=str(folder), normalise=False, batch_size=5)

@@ -1,6 +1,7 @@
 """Rewards of length against values worked out elsewhere."""
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -42,8 +43,23 @@ def test_cosine_reads_what_its_verifier_reads():
 
 
 def test_cosine_without_a_verdict_is_no_reward():
-    config = cosine_length.Config(verifier=lambda completions: [None, 1.0], max_tokens=4)
-    assert config(completions=["", ""], completion_ids=[[], []]) == [None, 2.0]
+    config = cosine_length.Config(verifier=lambda completions: [None, math.nan, 1.0], max_tokens=4)
+    assert config(completions=["", "", ""], completion_ids=[[], [], []]) == [None, None, 2.0]
+
+
+def test_cosine_warms_its_verifier_up():
+    class Verifier:
+        warmed: ClassVar[list] = []
+
+        def __call__(self, completions, *, answer):
+            return [1.0] * len(completions)
+
+        def warm_up(self, completions, *, answer):
+            self.warmed.append((completions, answer))
+
+    config = cosine_length.Config(verifier=Verifier(), max_tokens=4)
+    config.warm_up(["a"], completion_ids=[[1]], answer=["b"])
+    assert Verifier.warmed == [(["a"], ["b"])]
 
 
 def test_overlong_golden_values():

@@ -87,7 +87,8 @@ def test_a_completion_that_nothing_could_score_is_masked():
     assert math.isnan(nothing.metrics()["rewards/<lambda>/mean"])
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, 1e39])
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_values_that_are_no_numbers_are_failures(value):
     def strange(completions):
         return [value if text == "xxxx" else np.float32(1) for text in completions]
@@ -95,6 +96,11 @@ def test_values_that_are_no_numbers_are_failures(value):
     scores = of(strange).score(PROMPTS, COMPLETIONS, ids=IDS)
     assert scores.failures == [Failure("strange", "rows:2", 0, f"gave {value}")]
     assert scores.scored.sum() == 5
+
+
+def test_a_total_beyond_float32_is_none():
+    scores = Rewards(functions=(lambda completions: [1e10] * len(completions),), weights=(1e30,)).score(["p"], [["a"]])
+    assert np.isnan(scores.total).all()
 
 
 def test_too_few_values_are_a_failure_of_those_they_are_missing_for():

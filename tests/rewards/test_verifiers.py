@@ -40,7 +40,18 @@ def test_nothing_to_extract(how):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("$1,250.50.", "1250.50"), ("is -3.", "-3"), ("5-3", "3"), ("x=7,", "7"), ("-$20", "-20"), ("1,2", "2")],
+    [
+        ("$1,250.50.", "1250.50"),
+        ("is -3.", "-3"),
+        ("5-3", "3"),
+        ("x=7,", "7"),
+        ("-$20", "-20"),
+        ("1,2", "2"),
+        ("is .5", ".5"),
+        ("is -.5.", "-.5"),
+        ("wait...5", "5"),
+        ("v.5", "5"),
+    ],
 )
 def test_numbers_as_they_are_written(text, number):
     assert extract(text, "last number") == number
@@ -57,6 +68,11 @@ def test_numbers_as_they_are_written(text, number):
         ("no idea", SOLUTION, 0, 0),
         ("#### 1,200", 1200, 1, 1),
         ("#### -5", "-5", 1, 1),
+        ("#### -5", 1e-5, 0, 0),
+        ("#### 0.00001", 1e-5, 1, 1),
+        ("#### 20", 1e20, 0, 0),
+        ("#### 5", ".5", 0, 0),
+        ("it is .5", 0.5, 0, 1),
     ],
 )
 def test_gsm8k(completion, answer, strict, flexible):
@@ -99,6 +115,9 @@ def test_math_answer_works_outside_the_main_thread():
 def test_math_answer_without_an_answer_is_refused():
     with pytest.raises(ValueError, match="'answer' holds nothing to compare with"):
         math_answer.Config()(completions=["$1$"], answer=[""])
+    with pytest.raises(ValueError, match="the row has no answer"):
+        math_answer.Config()(completions=["$1$"], answer=[None])
+    assert math_answer.Config()(completions=["$0.00001$"], answer=[1e-5]) == [1]
 
 
 @needs_reasoning_gym
