@@ -108,6 +108,11 @@ def test_every_metric_is_drawn(tmp_path):
     assert [line.get_marker() for line in lines] == ["o", "D"]
 
 
+def test_a_name_may_hold_dollars(tmp_path):
+    run = make_bare(tmp_path, [(step, {"source/$x_$/loss": 1.0, "eval/$x_$": 1.0}) for step in range(3)])
+    assert "<img" in report.write(run.path).read_text()
+
+
 def test_what_is_held_out_alone_has_its_panels(tmp_path):
     pairs = {f"ranking/{what}": 0.5 for what in ("accuracy", "idealised_median", "flipped", "difficulty")}
     pairs |= {f"ranking/{what}_per_token": 0.5 for what in ("accuracy", "idealised_median", "idealised_min")}
