@@ -680,10 +680,11 @@ def test_work_that_cannot_be_is_refused(arguments, message):
 
 
 def test_a_model_that_is_not_known_is_compared_with_shapes_too():
+    options = command.parse(["llama-3.1-8b", "--topology", "cpu:8"])
     with pytest.raises(
-        SystemExit, match=r"^unknown model 'llama-3.1-8b'; did you mean 'Llama-3.1-8B'\? Allowed: Llama"
+        ValueError, match=r"^unknown model 'llama-3.1-8b'; did you mean 'Llama-3.1-8B'\? Allowed: Llama"
     ):
-        command.main(["llama-3.1-8b", "--topology", "cpu:8"])
+        command.shape_of(options.model, options)
 
 
 def test_the_command_refuses_in_one_line():

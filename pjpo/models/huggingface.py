@@ -86,8 +86,6 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no 'weight_map' from tensors to files; fetch it again")
         wanted = sorted(set(map(str, weight_map.values())))
-        if "model.safetensors" not in wanted and (folder / "model.safetensors").exists():
-            raise ValueError(f"{folder} holds model.safetensors, and an index of other files; remove one of the two")
     for name in wanted:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
             raise ValueError(
@@ -95,6 +93,8 @@ def _files(folder: Path) -> list[Path]:
             )
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing{_pickled(folder)}")
+    if "model.safetensors" not in wanted and (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds model.safetensors, and an index of other files; remove one of the two")
     return [folder / name for name in wanted]
 
 
