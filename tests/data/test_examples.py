@@ -71,7 +71,7 @@ def test_all_but_one_can_be_held_out():
 
 def test_fewer_than_any_prompt_has_are_too_few():
     with pytest.raises(ValueError, match=r"num_held_out 1 is too few .*; use 2, the examples of the smallest$"):
-        hold_out(of_prompts("aabb"), [b"a", b"a", b"b", b"b"], 1, 0)
+        hold_out(of_prompts("aaabb"), [b"a", b"a", b"a", b"b", b"b"], 1, 0)
 
 
 @pytest.mark.parametrize(("prompts", "number", "most"), [("abcd", 4, 3), ("aa", 1, 0), ("aab", 3, 2)])
