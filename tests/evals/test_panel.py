@@ -69,6 +69,24 @@ def test_difficulty_is_by_how_much_the_reference_is_wrong():
     assert found["ranking/theorem_4_1_violations"] == 0
 
 
+def rows(logps, *, largest_shares):
+    """As `panel.rows_of` has them, all of a completion's log-prob at one of three tokens."""
+    tokens = [np.stack([np.zeros_like(x), x, np.zeros_like(x)], axis=-1) for x in (logps, REF)]
+    return {
+        "logps": tokens[0],
+        "ref_logps": tokens[1],
+        "lengths": LENGTHS,
+        "largest_shares": np.array(largest_shares),
+    }
+
+
+def test_log_probs_are_summed_in_float64():
+    """Two runs' margins must not differ by what float32 loses of long sums."""
+    tokens = np.tile(np.float32([-1.1, -0.7]), (4, 2, 500))
+    found, _ = panel.of_rows("pairs", dpo.Config(), [rows(LOGPS, largest_shares=[0.5] * 4) | {"logps": tokens}], 4)
+    np.testing.assert_allclose(found["logps/chosen"], tokens[0, 0].astype(np.float64).sum(), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("method", "name", "scale"),
     [
@@ -82,8 +100,7 @@ def test_difficulty_is_by_how_much_the_reference_is_wrong():
     ],
 )
 def test_what_is_no_reward_of_the_method_has_another_name(method, name, scale):
-    rows = {"logps": LOGPS, "ref_logps": REF, "lengths": LENGTHS, "largest_shares": np.array([0.5, 1.0, np.nan, 0.6])}
-    metrics, words = panel.of_rows("pairs", method, [rows], 4)
+    metrics, words = panel.of_rows("pairs", method, [rows(LOGPS, largest_shares=[0.5, 1.0, np.nan, 0.6])], 4)
     assert metrics[f"{name}/margins"] == pytest.approx(scale * 1.5)
     assert not any(metric.startswith("implicit/" if name == "rewards" else "rewards/") for metric in metrics)
     assert metrics["token_rewards/largest_share"] == pytest.approx(0.7)  # of the three pairs that have one
@@ -91,8 +108,8 @@ def test_what_is_no_reward_of_the_method_has_another_name(method, name, scale):
 
 
 def test_what_nothing_was_counted_for_is_left_out():
-    rows = {"logps": REF, "ref_logps": REF, "lengths": LENGTHS, "largest_shares": np.full(4, np.nan)}
-    assert "token_rewards/largest_share" not in panel.of_rows("pairs", dpo.Config(), [rows], 4)[0]
+    metrics, _ = panel.of_rows("pairs", dpo.Config(), [rows(REF, largest_shares=[np.nan] * 4)], 4)
+    assert "token_rewards/largest_share" not in metrics
     one_kind = panel.of_labelled(0.5, LOGPS[:, 0], REF[:, 0], LENGTHS[:, 0], np.ones(4, bool))
     assert not any("rejected" in name or "margins" in name for name in one_kind)
 
@@ -296,7 +313,8 @@ def test_of_a_labelled_row_only_its_own_completion_is_looked_at():
     logps, ref_logps = np.random.default_rng(0).normal(-2, 1, (2, 2, 2, 3)).astype(np.float32)
     found = panel.rows_of("labelled", both, jnp.asarray(logps), jnp.asarray(ref_logps))
     ratios = np.where(mask, logps - ref_logps, 0)[:, 0]
-    np.testing.assert_allclose(found["logps"], np.where(mask, logps, 0)[:, 0].sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(found["logps"], np.where(mask, logps, 0)[:, 0])
+    np.testing.assert_array_equal(found["ref_logps"], np.where(mask, ref_logps, 0)[:, 0])
     np.testing.assert_allclose(found["largest_shares"], np.abs(ratios).max(-1) / np.abs(ratios).sum(-1), rtol=1e-6)
     assert found["lengths"].tolist() == [2, 3]
     assert found["labels"].tolist() == [True, False]
