@@ -44,6 +44,7 @@ TESTS = {  # what pytest is given, the quickest and likeliest to fail first
     "pjpo/surrogate.py": ["tests/test_surrogate.py"],
     "pjpo/best_of.py": ["tests/test_best_of.py"],
     "pjpo/packing.py": ["tests/test_packing.py"],
+    "pjpo/products.py": ["tests/test_products.py"],
     "pjpo/mismatched.py": ["tests/test_mismatched.py"],
     "pjpo/token_mdp.py": ["tests/test_token_mdp.py"],
     "pjpo/chat.py": ["tests/test_chat.py"],
