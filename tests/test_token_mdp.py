@@ -78,6 +78,17 @@ def test_a_wide_enough_beam_finds_the_likeliest_sequence():
     assert token_mdp.beam_search(lambda state: np.log(policy[state]), 3, 16)[0] == best
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_as_many_beams_as_the_likeliest_sequences_odds_cannot_lose_it(seed):
+    """No more beginnings of a length than 1/p can be as likely as a sequence of probability p."""
+    _, policy = random_mdp(3, 4, seed)
+    logp_of = functools.partial(token_mdp.sequence_logp, policy)
+    best = max(itertools.product(range(3), repeat=4), key=logp_of)
+    num_beams = int(np.exp(-logp_of(best)))
+    found, logp = token_mdp.beam_search(lambda state: np.log(policy[state]), 4, num_beams)
+    assert (found, logp) == (best, pytest.approx(logp_of(best)))
+
+
 def test_a_trained_policy_is_searched_by_its_own_log_probs():
     """A tiny decoder after a prompt: a beam as wide as the vocabulary finds the likeliest of all pairs of tokens."""
     policy = tiny.make_policy(vocab_size=7, num_layers=1)

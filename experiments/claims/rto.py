@@ -1,12 +1,18 @@
 """RTO (arXiv:2404.18922): token rewards of a DPO policy in PPO, beside the control that has seen the same pairs."""
 
+import collections
 import dataclasses
+import functools
 import itertools
+import math
 
 import jax
+import numpy as np
 
 from experiments.claims import environments as env
 from experiments.claims.claim import Above, Claim, Within
+from experiments.claims.token_credit import random_mdp
+from pjpo import token_mdp
 from pjpo.methods import ppo, rto
 
 PAPER = "RTO, Zhong et al. 2024"
@@ -35,6 +41,7 @@ def curves(key, length: int, num_rollouts: int, num_iterations: int, runs: dict)
     return found
 
 
+NUM_TOKENS, LENGTH = 4, 6  # A and H of Proposition 3.2
 AT = 25, 50, 100, 200  # iterations
 RUNS = {
     "PPO": (PPO, False),
@@ -90,6 +97,44 @@ def locked(key) -> dict[str, jax.Array]:
         curve, _ = env.learn(ppo.loss, method, settings(16, 400), door, door.ref, keys[1], dpo=dpo)
         found[f"{name}, gamma {gamma:.0f}"] = curve[-1]
     return found
+
+
+def search(policy: token_mdp.PerState, num_beams: int) -> tuple[token_mdp.State, int]:
+    """What a beam finds by token rewards log policy, and of how many tokens of one place, at most, it asks for them."""
+    asked = collections.Counter()
+
+    def rewards(state):
+        asked[len(state)] += len(policy[state])
+        return np.log(policy[state])
+
+    found, _ = token_mdp.beam_search(rewards, LENGTH, num_beams)
+    return found, max(asked.values())
+
+
+def searches(seed: int, num_mdps: int = 20) -> dict[str, float]:
+    """Over random token MDPs whose best completion has a probability of at least 1/A under the optimal policy.
+
+    That is xi = 1 if xi is the least number for which it is at least A^-xi; the specification of the proposition does
+    not define it. At most A^xi beginnings of a length are then as likely as the best completion, so that as many beams
+    cannot lose it, and they ask for A^(xi + 1) rewards at each place.
+    """
+    wins, most, kept, numbers = {1: 0, NUM_TOKENS: 0}, 0, 0, itertools.count(1000 * seed)
+    while kept < num_mdps:
+        policy = token_mdp.solve(*random_mdp(NUM_TOKENS, LENGTH, next(numbers)), beta=0.5).policy
+        every = itertools.product(range(NUM_TOKENS), repeat=LENGTH)
+        best = max(every, key=functools.partial(token_mdp.sequence_logp, policy))
+        if token_mdp.sequence_logp(policy, best) < -math.log(NUM_TOKENS):
+            continue
+        kept += 1
+        for num_beams in wins:
+            found, asked = search(policy, num_beams)
+            wins[num_beams] += found == best
+            most = max(most, asked)
+    return {
+        "share found by A beams": wins[NUM_TOKENS] / num_mdps,
+        "share found by 1 beam": wins[1] / num_mdps,
+        "most token rewards asked for at a place": most,
+    }
 
 
 SETTING = "chain of 64 tokens out of 8, gold rewards of bigrams, 8 rollouts an iteration, DPO on 2,000 pairs of the "
@@ -166,5 +211,18 @@ CLAIMS = (
         setting="the same runs",
         measure=lock,
         checks=(Above("RTO, gamma 1", "PPO, gamma 1"),),
+    ),
+    Claim(
+        paper=PAPER,
+        text="with token rewards the best of A^H completions is found with A^min(xi + 1, H) queries, here 16, where "
+        "sentence rewards need A^H, here 4,096 (Proposition 3.2, as it is read here)",
+        setting="20 random token MDPs, 6 tokens out of 4, beta 0.5, whose best completion has a probability of 1/4 or "
+        "more under the optimal policy (xi = 1); beam search by its log-probs; queries are counted at each place",
+        measure=searches,
+        checks=(
+            Within("share found by A beams", 1, 1),
+            Within("most token rewards asked for at a place", 1, 16),
+            Above("share found by A beams", "share found by 1 beam"),
+        ),
     ),
 )
