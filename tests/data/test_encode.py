@@ -86,6 +86,8 @@ def test_a_template_that_opens_turns_for_sampling_alone_is_counted():
     example, counts = run(QUESTION, answer("A"), tokenizer=tokenizer)
     assert texts(example) == ("<user>Q?<end>\n<assistant>", "A<end>")
     assert counts == {"chat template ends the prompt otherwise when a completion follows": 1}
+    example, _ = run(QUESTION, answer("<think>A"), answer("B"), tokenizer=tokenizer)  # one of them shows it
+    assert texts(example) == ("<user>Q?<end>\n<assistant>", "<think>A<end>", "B<end>")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,20 @@ def test_masks_are_cut_with_their_tokens():
     example, _ = run(QUESTION, TURNS, max_completion_tokens=4, cut_completion="end")
     assert texts(example)[1] == "A<end>\n<"
     assert example.loss_masks[0].tolist() == [True, True, False, False]
+
+
+def test_two_messages_are_several_turns():
+    example, _ = run(QUESTION, [*answer("Aye"), *answer("B")])
+    assert texts(example)[1] == "Aye<end>\n<assistant>B<end>"
+    assert ByteTokenizer().decode(example.completions[0][example.loss_masks[0]]) == "Aye<end>B<end>"
+
+
+def test_a_cut_that_leaves_nothing_of_the_assistants_skips_the_row():
+    tokenizer = ByteTokenizer(template="<{role}>{content}", eos_id=None)
+    turns = [*answer(""), {"role": "user", "content": "R?"}, *answer("B")]
+    assert texts(run(QUESTION, turns, tokenizer=tokenizer)[0])[1] == "<user>R?<assistant>B"
+    with pytest.raises(Skip, match="empty completion"):
+        run(QUESTION, turns, tokenizer=tokenizer, max_completion_tokens=4, cut_completion="end")
 
 
 def test_several_turns_need_a_template_that_marks_them():
