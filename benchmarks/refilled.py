@@ -56,7 +56,7 @@ def generate(config, sampling: Sampling, params: dict, prompts: Prompts, keys: j
     visible, num_tokens = prompt_keys(prompts.mask), prompts.mask.sum(1)
     last = width - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1)
     first = jnp.take_along_axis(prompts.tokens, last[:, None], axis=1)[:, 0]
-    of_prompts = tuple(attention.decode_cache(cache, 1, length) for cache in prefilled)
+    of_prompts = tuple(attention.decode_cache(cache, 1, length, in_blocks=False) for cache in prefilled)
     blank = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), of_prompts)
     params = transpose_kernels(config, params)
 

@@ -13,7 +13,7 @@ from jax.tree_util import DictKey
 from scipy import special, stats
 
 from pjpo import sampling, sharding
-from pjpo.models import load, lora
+from pjpo.models import attention, filled, load, lora, whole
 from pjpo.products import has_matrix_unit, has_wide_registers, streamed_rows
 from pjpo.sampling import Prompts, Sampling, _draw, _logsumexp_in_blocks, choose, sequence_keys
 from pjpo.types import Batch
@@ -550,3 +550,12 @@ def test_prompts_and_keys_that_do_not_fit_are_refused(prompts, key, settings, me
     key = jax.random.key(0) if key is None else sequence_keys(jax.random.key(0), *key)
     with pytest.raises(ValueError, match=message):
         policy.generate(tiny.make_params(policy), Prompts(*prompts), key, dataclasses.replace(SETTINGS, **settings))
+
+
+@pytest.mark.parametrize(("in_blocks", "kind", "dtype"), [(True, filled, "float32"), (False, whole, "bfloat16")])
+def test_what_is_decoded_in_blocks_is_kept_in_float32_and_all_else_as_it_came(in_blocks, kind, dtype):
+    prompts = jnp.ones((2, 3, 5, 4), "bfloat16"), jnp.ones((2, 3, 5, 4), "bfloat16")
+    cache = attention.decode_cache(prompts, 2, 6, in_blocks)
+    assert isinstance(cache.own, kind.Cache)
+    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
+    assert (cache.prompt_k.shape, cache.prompt_v.shape) == ((2, 3, 4, 5), (2, 3, 5, 4))

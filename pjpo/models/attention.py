@@ -78,7 +78,7 @@ def decode_cache(
     prompt_cache: tuple[Float[Array, "B K P H"], Float[Array, "B K P H"]],
     num_completions: int,
     length: int,
-    in_blocks: bool = False,
+    in_blocks: bool,
 ) -> DecodeCache:
     """A cache for `length` steps. In blocks all of it is float32, to which XLA would widen it at each step."""
     own = filled.Cache if in_blocks else whole.Cache
