@@ -1,17 +1,23 @@
 """Matrix products and their gradients against NumPy in float64."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from pjpo import layout, products, sharding
 from pjpo.products import (
     BLOCK,
     LANES,
     WIDE,
     contract_rows,
     dot,
+    einsum,
     few_rows,
+    has_matrix_unit,
     has_wide_registers,
     in_words,
     product,
@@ -29,6 +35,17 @@ def wide(x):
     return np.asarray(x, np.float64)
 
 
+@pytest.fixture(params=["of CPUs", "of other devices"])
+def branch(request, monkeypatch):
+    """What a program would run on these, run here."""
+    jax.clear_caches()  # of the other branch
+    if request.param == "of other devices":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("branch")
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 0.02)])
 @pytest.mark.parametrize(("rows", "out"), [((5,), (3,)), ((2, 7), (2, 3, 4)), ((1, 1), (3,))])
 def test_a_product_and_its_gradients(dtype, bound, rows, out):
@@ -132,6 +149,7 @@ def test_nan_and_infinity_pass_through(dtype):
     assert np.isinf(dot(a.at[1, 2].set(jnp.inf), b[:4], (1,), (0,))[1]).all()
 
 
+@pytest.mark.usefixtures("branch")
 @pytest.mark.parametrize("rows", [(5,), (1, 700), (2, 3, 4)])
 def test_scaled_columns_and_their_gradients(rows):
     rng = np.random.default_rng(0)
@@ -143,3 +161,45 @@ def test_scaled_columns_and_their_gradients(rows):
     np.testing.assert_allclose(dx, cotangent * scale, rtol=1e-6)
     expected = (x.astype(np.float64) * cotangent).reshape(-1, 6).sum(0)
     np.testing.assert_allclose(dscale, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("multiply", [lambda a, b: dot(a, b, (1,), (0,)), lambda a, b: einsum("ab,bc->ac", a, b)])
+def test_float32_is_multiplied_as_float32_on_every_device(multiply):
+    """By default a GPU would take TF32 and a TPU bfloat16; products of bfloat16 need no more than they have."""
+    for dtype, precision in (("float32", jax.lax.Precision.HIGHEST), ("bfloat16", None)):
+        (equation,) = jax.make_jaxpr(multiply)(*draw((2, 3), (3, 4), dtype=dtype)).eqns
+        assert equation.params["precision"] in (precision, precision and (precision, precision))
+        assert equation.params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.parametrize("cut", [(layout.FSDP, layout.MODEL, None), (layout.MODEL, layout.FSDP)])
+def test_a_kernels_gradient_is_summed_into_the_parts_that_a_mesh_cuts_it_into(cut):
+    mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=2, model=2))
+    out = (6, 5)[: len(cut) - 1]
+    x, kernel, cotangent = draw((8, 3, 4), (4, *out), (8, 3, *out), dtype="float32")
+    placed = [
+        jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+        for array, axes in ((x, (layout.BATCH,)), (kernel, cut), (cotangent, (layout.BATCH,)))
+    ]
+    with layout.on(mesh):
+        pull = jax.jit(lambda x, kernel, cotangent: jax.vjp(lambda *a: product(*a, cut), x, kernel)[1](cotangent))
+        dx, dkernel = pull(*placed)
+    axes = list(range(1, kernel.ndim))
+    expected = np.tensordot(cotangent, kernel, ([axis + 1 for axis in axes], axes))
+    np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dkernel, np.tensordot(x, cotangent, ((0, 1), (0, 1))), rtol=1e-5, atol=1e-5)
+    assert dkernel.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*cut)), dkernel.ndim)
+
+
+@pytest.mark.parametrize(("text", "has_it"), [("flags : avx512f amx_bf16\n", True), ("flags : avx512f\n", False)])
+def test_linux_says_whether_there_is_a_matrix_unit(text, has_it, tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "pathlib", types.SimpleNamespace(Path=lambda _: tmp_path / "cpuinfo"))
+    assert not has_matrix_unit.__wrapped__()  # another system
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_matrix_unit.__wrapped__() is has_it
+
+
+@pytest.mark.parametrize(("found", "has_them"), [(["SSE42", "AVX512F"], True), (["SSE42", "AVX2"], False)])
+def test_numpy_says_whether_registers_are_wide(found, has_them, monkeypatch):
+    monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": {"baseline": ["SSE"], "found": found}})
+    assert has_wide_registers.__wrapped__() is has_them
