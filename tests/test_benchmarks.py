@@ -34,9 +34,9 @@ VARIANTS = {
     "dpo_fixed_lora": {"default", "no_sharing", "full_head", "plain_products"},
     "sft": {"default", "full_head", "plain_products"},
     "shared": {"default", "no_sharing", "full_head", "plain_products"},
-    "gen": {"default", "plain_products", "weights_bf16"},
-    "gen_uneven": {"default", "halvings_1", "halvings_2", "halvings_3", "plain_products", "no_sharing", "weights_bf16"}
-    | {"refilled_2", "refilled_4"},
+    "gen": {"default", "transposed", "plain_products", "weights_bf16"},
+    "gen_uneven": {"default", "transposed", "plain_products", "no_sharing", "weights_bf16"}
+    | {"halvings_1", "halvings_2", "halvings_3", "refilled_2", "refilled_4"},
     "gen_sizes": {"1 x 2", "1 x 5", "3 x 2", "3 x 5"},
     "grpo": {"default", "generate", "update", "update_no_sharing"},
 }

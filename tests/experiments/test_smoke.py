@@ -110,8 +110,9 @@ def test_a_study_ends_within_a_minute_with_its_verdicts(smoke, name):
     value = registry.override(registry.get(name), registry.get(name).smoke)
     files = {"config.json", "samples.jsonl", "plot.png", "result.md", "summary.json", "report.html"}
     assert files <= {path.name for path in done.folder.iterdir()}
-    assert [row["step"] for row in done.run.samples] == list(range(value.num_seeds))
-    assert all(np.isfinite(list(row["numbers"].values())).all() for row in done.run.samples)
+    of_seeds = [row for row in done.run.samples if "numbers" in row]  # beside rollouts and metrics of updates
+    assert [row["step"] for row in of_seeds] == list(range(value.num_seeds))
+    assert all(np.isfinite(list(row["numbers"].values())).all() for row in of_seeds)
     text = (done.folder / "result.md").read_text()
     for claim in value.claims():
         assert done.run.summary[claim].startswith(("holds", "does not hold"))
@@ -123,7 +124,7 @@ def test_a_study_ends_within_a_minute_with_its_verdicts(smoke, name):
 ONLINE = [name for name in EXPERIMENTS if registry.get(name).rollouts]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] not in ("sft_reviews", *ONLINE)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] not in ("sft_reviews", "reward_pairs", *ONLINE)])
 def test_metrics_have_trl_s_names(smoke, name):
     metrics = smoke(name).run.metrics
     assert {n for n in metrics if not n.startswith("eval/")} == DPO
@@ -131,6 +132,15 @@ def test_metrics_have_trl_s_names(smoke, name):
     assert metrics["loss"][1][0] == pytest.approx(np.log(2), abs=1e-5)
     assert metrics["rewards/margins"][1][0] == pytest.approx(0, abs=1e-4)
     assert metrics["logps/chosen"][1][0] < -1
+
+
+@pytest.mark.slow
+def test_a_reward_models_metrics_have_trl_s_names_too(smoke):
+    metrics = smoke("reward_pairs").run.metrics
+    of_rewards = {"accuracy", "margin", "mean_reward"}
+    found = {n for n in metrics if not n.startswith("eval/")}
+    assert found == {n for n in DPO if not n.startswith(("rewards/", "logps/"))} | of_rewards
+    assert metrics["loss"][1][0] == pytest.approx(np.log(2), abs=1e-5)  # a head of zeros: all rewards alike
 
 
 @pytest.mark.slow
