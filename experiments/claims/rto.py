@@ -114,9 +114,9 @@ def search(policy: token_mdp.PerState, num_beams: int) -> tuple[token_mdp.State,
 def searches(seed: int, num_mdps: int = 20) -> dict[str, float]:
     """Over random token MDPs whose best completion has a probability of at least 1/A under the optimal policy.
 
-    That is xi = 1 if xi is the least number for which it is at least A^-xi; the specification of the proposition does
-    not define it. At most A^xi beginnings of a length are then as likely as the best completion, so that as many beams
-    cannot lose it, and they ask for A^(xi + 1) rewards at each place.
+    That is xi = 1, where xi is read as the least number for which that probability is at least A^-xi. At most A^xi
+    beginnings of a length are then as likely as the best completion, so that as many beams cannot lose it, and they ask
+    for A^(xi + 1) rewards at each place.
     """
     wins, most, kept, numbers = {1: 0, NUM_TOKENS: 0}, 0, 0, itertools.count(1000 * seed)
     while kept < num_mdps:
