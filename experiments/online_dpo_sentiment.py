@@ -6,8 +6,8 @@ The study of `dpo_sentiment`, with pairs of the policy as it is in the place of 
 four continuations of 16 openings, VADER scores them, best against worst are the pairs, and a tie gives none. The
 reference stays the start; --rollouts.reference=rollout is iterative DPO, whose reference is the policy that sampled.
 On held-out openings, along training: reward by VADER, by an independent judge, KL to the start. About 20 minutes on a
-CPU core. Reached on 2026-11-24: VADER 0.25 -> 0.83 -> 0.93, judge 0.52 -> 0.78 -> 0.86 at 0, 10.9 and 16.7 nats; the
-fixed pairs of `dpo_sentiment` give 0.67 and 0.70 at 13.9. Intervals: docs/online_runs.md.
+CPU core. Reached on 2026-12-01, at 0, 8.3 and 12.6 nats: VADER 0.25 -> 0.74 -> 0.88, judge 0.52 -> 0.73 -> 0.81; the
+fixed pairs of `dpo_sentiment` give 0.71 and 0.71 at 13.2. Errors: docs/online_runs.md.
 """
 
 from experiments.registry import Experiment, Model, launch
