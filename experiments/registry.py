@@ -123,8 +123,18 @@ def parse(kind: type[AnyOptions], value: Any, argv: list[str] | None) -> tuple[s
     options = read(value)
     if options.resume:  # the settings are the folder's
         found = runs.read(options.resume)
-        return name, read(experiment.recall(value, found.config) if found.experiment == name else value)
+        return name, read(_recalled(value, found) if found.experiment == name else value)
     return name, read(override(value, value.smoke)) if options.smoke else options
+
+
+def _recalled(value: Any, run: runs.Run) -> Any:
+    try:
+        return experiment.recall(value, run.config)
+    except ValueError as error:
+        file = run.path / "config.json"
+        raise ValueError(
+            f"{file} holds settings of no run: {error}; put back what it held, or start a new run"
+        ) from error
 
 
 def program() -> tuple[str, str | None]:

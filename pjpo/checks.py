@@ -3,12 +3,55 @@
 A comparison with nan is false, so each of these refuses nan too; and what is no number, such as "0.1" or None.
 """
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable
-from typing import Any
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    types.NoneType: "None",
+    Callable: "a function",
+    Any: "given",
+}
+
+
+def kinds(config: Any) -> None:
+    """Fields are what their annotations say, and so are those of the configs inside; for any frozen dataclass.
+
+    Raises:
+        ValueError: one is not.
+    """
+    kinds_of(type(config), vars(config))
+    for value in vars(config).values():
+        for part in value if isinstance(value, (tuple, list)) else [value]:
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                kinds(part)
+
+
+def kinds_of(config: type, values: Mapping[str, Any]) -> None:
+    """The same of values for fields of a config that is still to be made, but not of what is inside them.
+
+    Raises:
+        ValueError: one of them is of another kind.
+    """
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if field.name not in values:
+            continue
+        value, hint = values[field.name], hints[field.name]
+        is_missing = hint is Any and value is None and field.default is not None
+        if is_missing or not _is(value, hint):
+            raise ValueError(f"{_module(config)}: {field.name} must be {_said(hint)}, got {value!r}")
 
 
 def positive(config: Any, *fields: str) -> None:
@@ -84,7 +127,44 @@ def one_of(config: Any, field: str, allowed: Iterable[str]) -> None:
 
 def name_of(config: Any) -> str:
     """The module of a config, which is the method's name."""
-    return type(config).__module__.rpartition(".")[2]
+    return _module(type(config))
+
+
+def _module(kind: type) -> str:
+    return kind.__module__.rpartition(".")[2]
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; whole numbers are numbers, and scalars of NumPy and JAX are too."""
+    if hasattr(value, "item") and np.ndim(value) == 0:
+        value = value.item()
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return any(type(value) is type(allowed) and value == allowed for allowed in parts)
+    if kind in (typing.Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is tuple:  # a list does as well
+        parts = parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, (tuple, list)) else parts
+        return isinstance(value, (tuple, list)) and len(value) == len(parts) and all(map(_is, value, parts))
+    if hint in (int, float):
+        return isinstance(value, {int: numbers.Integral, float: numbers.Real}[hint]) and not isinstance(value, bool)
+    return isinstance(value, (str, os.PathLike) if hint is str else kind or hint)
+
+
+def _said(hint: Any) -> str:
+    """An annotation, in words."""
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(map(_said, parts))
+    if kind is tuple:
+        each = f"each {_said(parts[0])}" if parts[1:] == (...,) else f"of {', '.join(map(_said, parts))}"
+        return f"a tuple, {each}"
+    kind = kind or hint
+    return WORDS.get(kind) or f"a {kind.__module__}.{kind.__qualname__}"
 
 
 def _check_number(config: Any, field: str, is_good: Callable, allowed: str, way_out: str = "") -> None:

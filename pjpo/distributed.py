@@ -25,6 +25,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pjpo import checks
+
 CLUSTERS = "SLURM, Open MPI, Cloud TPU and Kubernetes are, from inside a job"
 PATIENCE = 10  # seconds that a process that failed waits for the others to leave with it
 
@@ -40,6 +42,7 @@ class Config:
     start_timeout_seconds: int = 300  # for all processes to meet
 
     def __post_init__(self):
+        checks.kinds(self)
         for name in ("num_processes", "heartbeat_timeout_seconds", "start_timeout_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -15,6 +15,7 @@ import tyro
 
 from pjpo import (
     checkpoints,
+    checks,
     distributed,
     models,
     online,
@@ -126,6 +127,7 @@ def run(
         FloatingPointError: diverged; the report shows how.
         distributed.Lost: another process ended.
     """
+    checks.kinds(experiment)
     distributed.agree("config", {"experiment": name, "resume": str(resume), **runs.flat(describe(experiment))})
     distributed.agree("code", runs.code())
     say = say if distributed.is_first() else lambda _: None
@@ -176,17 +178,25 @@ def describe(value: Any) -> Any:
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
 
-def recall(value: Any, described: Any) -> Any:
-    """The inverse of `describe`: `value`, an experiment, with the settings of a run of it."""
-    if dataclasses.is_dataclass(value) and isinstance(described, Mapping):
-        fields = [field.name for field in dataclasses.fields(value) if field.name in described]
-        return dataclasses.replace(value, **{name: recall(getattr(value, name), described[name]) for name in fields})
+def recall(value: Any, described: Any, name: str = "config") -> Any:
+    """The inverse of `describe`: `value`, an experiment, with the settings of a run of it.
+
+    Raises:
+        ValueError: settings that `describe` cannot have written; names them.
+    """
+    if dataclasses.is_dataclass(value) and described is not None:
+        if not isinstance(described, Mapping):
+            raise ValueError(f"{name} must be an object of settings, got {described!r}")
+        names = [field.name for field in dataclasses.fields(value) if field.name in described]
+        fields = {name: recall(getattr(value, name), described[name], name) for name in names}
+        checks.kinds_of(type(value), fields)
+        return dataclasses.replace(value, **fields)
     if callable(value):
         return value
     if isinstance(value, tuple) and isinstance(described, list) and len(value) == len(described):
-        return tuple(recall(item, there) for item, there in zip(value, described, strict=True))
-    if isinstance(value, float) and isinstance(described, str):
-        return float(described)  # what is not finite, as a run's folder spells it
+        return tuple(recall(item, there, name) for item, there in zip(value, described, strict=True))
+    if isinstance(value, (int, float)) and described in runs.NOT_FINITE:
+        return float(described)
     return tuple(described) if isinstance(described, list) else described
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -64,13 +64,12 @@ class Config:
     num_logged_prompts: int | None = 2  # whose completions these are; None for all of a rollout
 
     def __post_init__(self):
+        checks.kinds(self)
         checks.at_least(self, 1, "prompts_per_rollout", "num_epochs", "num_completions", "max_completion_tokens")
         checks.at_least(
             self, 1, "log_every_rollouts", *["sampling_batch_size"] * (self.sampling_batch_size is not None)
         )
         checks.at_least(self, 0, "max_refills", *["num_logged_prompts"] * (self.num_logged_prompts is not None))
-        checks.one_of(self, "truncated", get_args(Truncated))
-        checks.one_of(self, "reference", ("run", "rollout"))
         checks.not_negative(self, "truncation_penalty")
         checks.finite(self, "truncated_reward")
         checks.positive(self, "temperature")

@@ -9,6 +9,8 @@ from typing import Literal
 import jax
 import optax
 
+from pjpo import checks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -24,10 +26,9 @@ class Config:
     epsilon: float = 1e-8  # adamw's and rmsprop's
 
     def __post_init__(self):
-        checks = {
+        checks.kinds(self)
+        bounds = {
             "learning_rate": (0 < self.learning_rate < math.inf, "> 0 and finite"),
-            "name": (self.name in ("adamw", "rmsprop", "adafactor", "sgd"), "adamw, rmsprop, adafactor or sgd"),
-            "schedule": (self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine"),
             "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
             "weight_decay": (0 <= self.weight_decay < math.inf, ">= 0 and finite"),
             "max_grad_norm": (self.max_grad_norm > 0, "> 0"),
@@ -36,8 +37,8 @@ class Config:
             "epsilon": (0 < self.epsilon < math.inf, "> 0 and finite"),
         }
         if self.critic_learning_rate is not None:
-            checks["critic_learning_rate"] = (0 < self.critic_learning_rate < math.inf, "> 0 and finite, or None")
-        for name, (good, allowed) in checks.items():
+            bounds["critic_learning_rate"] = (0 < self.critic_learning_rate < math.inf, "> 0 and finite, or None")
+        for name, (good, allowed) in bounds.items():
             if not good:
                 raise ValueError(f"optimizer: {name} must be {allowed}, got {getattr(self, name)!r}")
         if self.weight_decay and self.name != "adamw":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from pjpo import experiment, models, runs, spm, train
+from pjpo import checks, experiment, models, runs, spm, train
 from pjpo.data import reviews
 from pjpo.models.decoder import Config
 from pjpo.models.export import export
@@ -76,6 +76,7 @@ class Trained(experiment.Model):
     by: experiment.Experiment
 
     def __post_init__(self):
+        checks.kinds(self)
         if self.name in ("", "..") or Path(self.name).name != self.name:
             raise ValueError(f"scratch: name must be a folder's name alone, got {self.name!r}")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjpo import distributed, progress
+from pjpo import checks, distributed, progress
 from pjpo.checkpoints import Checkpoints
 from pjpo.metrics import Mean
 from pjpo.runs import RunFolder
@@ -43,6 +43,7 @@ class Loop:
     checkpoint_every_steps: int = 0  # beside the last
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, least in (
             ("num_steps", 1),
             ("log_every_steps", 1),

@@ -3,7 +3,11 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,3 +89,69 @@ def test_one_of():
     checks.one_of(Config(), "form", ("sum", "mean"))
     with pytest.raises(ValueError, match="test_checks: form must be one of sum, max, got 'mean'"):
         checks.one_of(Config(), "form", ("sum", "max"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kinds:
+    count: int = 1
+    rate: float = 1.0
+    is_on: bool = False
+    path: str = ""
+    form: Literal["sum", "mean", 0] = "sum"
+    most: int | None = None
+    stop: tuple[str, ...] = ()
+    range: tuple[float, int] = (0.5, 1)
+    part: Part = dataclasses.field(default_factory=Part)
+    parts: tuple[Part, ...] = ()
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loss: Callable = len
+    data: Any = 1
+    evaluation: Any = None
+
+
+def test_values_of_their_kind_are_taken():
+    for settings in (
+        {"count": np.int64(4), "rate": np.float32(0.1), "is_on": np.bool_(True), "most": jnp.int32(3)},
+        {"rate": 1, "most": 3, "form": 0, "path": Path("there"), "stop": ["a", "b"], "range": (1, np.int32(2))},
+        {"rate": jnp.float32(0.1), "parts": (Part(), Part()), "others": {"a": 1}, "loss": Part, "evaluation": 1},
+    ):
+        checks.kinds(Kinds(**settings))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 4.0}, "count must be a whole number, got 4.0"),
+        ({"count": True}, "count must be a whole number, got True"),
+        ({"count": jnp.float32(4)}, "count must be a whole number, got "),
+        ({"rate": None}, "rate must be a number, got None"),
+        ({"rate": np.array([0.1])}, "rate must be a number, got array"),
+        ({"is_on": "no"}, "is_on must be True or False, got 'no'"),
+        ({"is_on": 1}, "is_on must be True or False, got 1"),
+        ({"path": 1}, "path must be a text, got 1"),
+        ({"form": "max"}, "form must be one of sum, mean, 0, got 'max'"),
+        ({"form": False}, "form must be one of sum, mean, 0, got False"),
+        ({"most": 1.5}, "most must be a whole number or None, got 1.5"),
+        ({"stop": None}, "stop must be a tuple, each a text, got None"),
+        ({"stop": "end"}, "stop must be a tuple, each a text, got 'end'"),
+        ({"stop": ("a", 1)}, "stop must be a tuple, each a text, got ('a', 1)"),
+        ({"range": (0.5,)}, "range must be a tuple, of a number, a whole number, got (0.5,)"),
+        ({"range": (0.5, 1.5)}, "range must be a tuple, of a number, a whole number, got (0.5, 1.5)"),
+        ({"part": {"size": 1}}, "part must be a tests.test_checks.Part, got {'size': 1}"),
+        ({"loss": "dpo"}, "loss must be a function, got 'dpo'"),
+        ({"others": 1}, "others must be a collections.abc.Mapping, got 1"),
+        ({"data": None}, "data must be given, got None"),
+        ({"part": Part(size="2")}, "size must be a whole number, got '2'"),
+        ({"parts": (Part(), Part(size=None))}, "size must be a whole number, got None"),
+        ({"data": Part(size=0.5)}, "size must be a whole number, got 0.5"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=f"^test_checks: {re.escape(message)}"):
+        checks.kinds(Kinds(**settings))

@@ -122,8 +122,6 @@ def test_moments_are_those_of_the_trained_leaves():
             ({"learning_rate": value}, f"learning_rate must be > 0.*, got {value}")
             for value in (0.0, -1.0, math.nan, math.inf)
         ],
-        ({"name": "adam"}, "name must be adamw, rmsprop, adafactor or sgd, got 'adam'"),
-        ({"schedule": "step"}, "schedule must be constant, linear or cosine, got 'step'"),
         ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
         *[
             ({"weight_decay": value}, f"weight_decay must be >= 0 and finite, got {value}")
@@ -144,6 +142,14 @@ def test_moments_are_those_of_the_trained_leaves():
 def test_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=f"^optimizer: {message}"):
         optim.Config(**{"learning_rate": 1.0} | settings)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="optim: name must be one of adamw, rmsprop, adafactor, sgd, got 'adam'"):
+        optim.Config(learning_rate=1.0, name="adam")
+    with pytest.raises(ValueError, match="optim: schedule must be one of constant, linear, cosine, got 'step'"):
+        optim.Config(learning_rate=1.0, schedule="step")
 
 
 def test_what_is_left_unsaid_is_optaxs_adamw_at_a_constant_rate():

@@ -37,6 +37,7 @@ class Training:
     optimizer: optim.Config = dataclasses.field(default_factory=lambda: optim.Config(learning_rate=3e-4))
 
     def __post_init__(self):
+        checks.kinds(self)
         checks.at_least(self, 1, "num_steps", "batch_size")
         if list(self.looks) != sorted({n for n in self.looks if 0 < n < self.num_steps}):
             raise ValueError(f"training: looks must ascend within 1 and {self.num_steps - 1}, got {self.looks}")
@@ -54,6 +55,7 @@ class Config:
     stop: tuple[str, ...] = ()  # tokens that end a completion, beside the tokenizer's own
 
     def __post_init__(self):
+        checks.kinds(self)
         checks.at_least(self, 1, "num_held_out", "opening_tokens", "max_completion_tokens", "num_completions")
 
     def load(self) -> Bench:

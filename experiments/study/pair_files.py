@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.study import bench
-from pjpo import models, pairs
+from pjpo import checks, models, pairs
 from pjpo.data import preference
 from pjpo.data.batches import in_order
 from pjpo.data.buckets import check_room
@@ -45,6 +45,7 @@ class Start:
     shifted: tuple[str, ...] = ()  # files of pairs from elsewhere
 
     def __post_init__(self):
+        checks.kinds(self)
         names = [self.name, *self.names]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"pairs: files are told apart by their names, and {twice} come twice; rename one")

@@ -28,7 +28,7 @@ from matplotlib.transforms import ScaledTranslation
 from experiments import registry
 from experiments.claims.claim import FEWEST_SEEDS, Above, Numbers, Within, interval, seeds
 from experiments.study import bench
-from pjpo import optim, progress, report, runs, train
+from pjpo import checks, optim, progress, report, runs, train
 from pjpo.experiment import describe, how_to_go_on
 
 Record = Callable[[str, Iterable[Mapping[str, Any]]], None]  # (training, rows): keeps them in samples.jsonl
@@ -48,6 +48,7 @@ class Study(abc.ABC):
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
 
     def __post_init__(self):
+        checks.kinds(self)
         if self.num_seeds < 2:
             raise ValueError(f"study: num_seeds must be >= 2 for an interval, got {self.num_seeds}")
         for name, value in vars(self).items():
@@ -93,6 +94,7 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
         ValueError: the folder to resume holds something else, or a new one cannot be written.
         train.Stopped: interrupted; the seeds that are done are kept.
     """
+    checks.kinds(study)
     config = describe(study)
     for part in vars(study).values():
         if isinstance(part, bench.Training):
@@ -144,8 +146,8 @@ def values(numbers: Sequence[Numbers], name: str) -> np.ndarray:
 def judged(study: Study, numbers: Sequence[Numbers]) -> list[tuple[str, str, str]]:
     """(claim, "holds" or "does not hold", the numbers that say so)."""
     found = []
-    for text, checks in study.claims().items():
-        each = [check.judge(numbers) for check in checks]
+    for text, parts in study.claims().items():
+        each = [part.judge(numbers) for part in parts]
         shown = "; ".join(shown if held else f"NOT {shown}" for held, shown in each)
         found.append((text, "holds" if all(held for held, _ in each) else "does not hold", shown))
     return found

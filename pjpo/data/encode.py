@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from pjpo import checks
 from pjpo.data.examples import Example, Tally
 from pjpo.data.rows import Row, Skip, shared_length
 
@@ -26,6 +27,7 @@ class Limits:
     cut_completion: str = "never"  # a completion that is cut has no end token
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, limit in (("prompt", self.max_prompt_tokens), ("completion", self.max_completion_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"data: max_{name}_tokens must be >= 1 or None, got {limit}")

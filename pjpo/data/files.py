@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import tqdm
 
-from pjpo import distributed
+from pjpo import checks, distributed
 from pjpo.data.encode import CutCompletion, CutPrompt, Limits, encode
 from pjpo.data.examples import Data, Examples, Shape, Tally, hold_out
 from pjpo.data.rows import Row, Skip
@@ -33,6 +33,7 @@ class Prompts:
     num_completions: ClassVar[int | None] = None  # of a row that was read
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, least in (("num_held_out", 0), ("num_rows", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -22,8 +22,6 @@ class Config(files.Prompts):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.form not in ("chat", "plain"):
-            raise ValueError(f"data: form must be one of chat, plain, got {self.form!r}")
         if "{question}" not in self.template:
             raise ValueError(f"data: template must hold {{question}}, got {self.template!r}")
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+from pjpo import checks
 from pjpo.data.examples import Data, Example, Examples, Shape
 
 
@@ -24,6 +25,7 @@ class Config:
     parts: tuple[Part, ...]
 
     def __post_init__(self):
+        checks.kinds(self)
         names = [part.name for part in self.parts]
         if not names or not all(names) or len(set(names)) < len(names):
             raise ValueError(f"mixture: parts need names of their own, got {', '.join(map(repr, names)) or 'no parts'}")

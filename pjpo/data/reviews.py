@@ -20,7 +20,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from pjpo import rollouts
+from pjpo import checks, rollouts
 from pjpo.data.examples import Data, Example, Shape
 from pjpo.rewards import vader
 from pjpo.sampling import Sampling
@@ -127,6 +127,7 @@ class Openings:
     seed: int = 0  # which reviews
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, least in (("num_openings", 1), ("num_held_out", 0), ("opening_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"openings: {name} must be >= {least}, got {getattr(self, name)}")
@@ -170,6 +171,7 @@ class SampledPairs:
     seed: int = 0  # which reviews; the samples follow the run's key
 
     def __post_init__(self):
+        checks.kinds(self)
         least = {
             "num_openings": 1,
             "num_held_out": 0,
@@ -263,6 +265,7 @@ class Texts:
     seed: int = 0  # which reviews
 
     def __post_init__(self):
+        checks.kinds(self)
         least = {"num_reviews": 1, "num_held_out": 0, "opening_tokens": 1, "max_completion_tokens": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:

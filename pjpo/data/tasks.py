@@ -25,8 +25,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from pjpo import checks
 from pjpo.data.encode import Limits, encode
 from pjpo.data.examples import Data, Examples, Shape, Tally
 from pjpo.data.plain import plain
@@ -51,11 +52,10 @@ class Config:
     seed: int = 0  # which problems
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, least in (("num_train", 1), ("num_held_out", 0), ("num_shots", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"tasks: {name} must be >= {least}, got {getattr(self, name)}")
-        if self.form not in get_args(Form):
-            raise ValueError(f"tasks: form must be one of {', '.join(get_args(Form))}, got {self.form!r}")
         _ = self._settings  # refuses bad ones
 
     @property

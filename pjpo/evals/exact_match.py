@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from pjpo import rollouts
+from pjpo import checks, rollouts
 from pjpo.data.examples import Example
 from pjpo.evals.result import Result
 from pjpo.rewards.protocol import Rewards
@@ -31,6 +31,7 @@ class Config:
     batch_size: int = 32  # problems decoded together
 
     def __post_init__(self):
+        checks.kinds(self)
         for name in ("num_completions", "max_completion_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"exact match: {name} must be >= 1, got {getattr(self, name)}")

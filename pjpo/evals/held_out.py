@@ -8,7 +8,7 @@ import zlib
 import jax
 import numpy as np
 
-from pjpo import distributed, rollouts, sharding, step
+from pjpo import checks, distributed, rollouts, sharding, step
 from pjpo.data.batches import in_order
 from pjpo.evals import panel
 from pjpo.evals.preferences import kind_of
@@ -25,6 +25,7 @@ class Config:
     max_completion_tokens: int = 32  # of those continuations
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, least in (("batch_size", 1), ("num_sampled", 0), ("max_completion_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"held-out evaluation: {name} must be >= {least}, got {getattr(self, name)}")

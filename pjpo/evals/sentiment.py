@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from pjpo import distributed, rollouts, sharding
+from pjpo import checks, distributed, rollouts, sharding
 from pjpo.best_of import kl_bound, weights
 from pjpo.data import reviews
 from pjpo.evals import panel
@@ -40,6 +40,7 @@ class Config:
     pairs_batch_size: int = 8  # held-out preferences scored together; training's own needs no further compilation
 
     def __post_init__(self):
+        checks.kinds(self)
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"sentiment: {name} must be >= 1, got {value}")

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pjpo import checks
 from pjpo.products import product
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -24,6 +25,7 @@ class Config:
     targets: tuple[str, ...] = PROJECTIONS  # which projections of every layer get an adapter
 
     def __post_init__(self):
+        checks.kinds(self)
         if self.rank < 0:
             raise ValueError(f"lora: rank must be at least 1, or 0 for no adapters, got {self.rank}")
         if not 0 < self.alpha < math.inf:

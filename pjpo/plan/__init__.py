@@ -46,6 +46,7 @@ class Work:
     sampling_batch_size: int | None = None  # prompts decoded together; None for batch_size
 
     def __post_init__(self):
+        checks.kinds(self)
         sizes = ("num_microbatches", "batch_size", "prompt_tokens", "completion_tokens", "num_completions")
         checks.at_least(self, 1, *sizes, *["sampling_batch_size"] * (self.sampling_batch_size is not None))
         if self.reference == "adapter" and self.model.lora is None:

@@ -28,6 +28,7 @@ class Config:
     cap: float = math.inf  # of right answers; Light-R1's is not published, 1.5 lies in the middle
 
     def __post_init__(self):
+        checks.kinds(self)
         checks.at_least(self, 1, "max_tokens")
         if not callable(self.verifier):
             raise ValueError(f"cosine_length: verifier must be a reward that can be called, got {self.verifier!r}")

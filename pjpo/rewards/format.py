@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from pjpo import checks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -14,6 +16,7 @@ class Config:
     pattern: str = ""  # a regular expression, in which . is any character, new lines included
 
     def __post_init__(self):
+        checks.kinds(self)
         if bool(self.tags) == bool(self.pattern):
             raise ValueError(f"format: give tags or a pattern, got tags {self.tags} and pattern {self.pattern!r}")
         for tag in self.tags:

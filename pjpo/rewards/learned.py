@@ -100,6 +100,7 @@ class Normalisation:
     num_scores: int  # over how many they were taken
 
     def __post_init__(self):
+        checks.kinds(self)
         if not math.isfinite(self.mean) or not 0 < self.std < math.inf or not self.num_scores >= 2:
             raise ValueError(
                 f"normalisation: needs a finite mean, a std > 0 and 2 or more scores, got mean {self.mean}, std "
@@ -148,6 +149,7 @@ class Config:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        checks.kinds(self)
         checks.at_least(self, 1, "batch_size")
         if not self.clip > 0:
             raise ValueError(f"learned: clip must be > 0, or inf for none, got {self.clip}")

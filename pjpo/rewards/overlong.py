@@ -15,6 +15,7 @@ class Config:
     cache_tokens: int  # the last tokens before the limit, over which it falls; the paper: 4096
 
     def __post_init__(self):
+        checks.kinds(self)
         checks.at_least(self, 1, "max_tokens", "cache_tokens")
         if self.cache_tokens > self.max_tokens:
             raise ValueError(f"overlong: cache_tokens must be <= max_tokens {self.max_tokens}, got {self.cache_tokens}")

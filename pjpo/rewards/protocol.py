@@ -21,11 +21,12 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
+from pjpo import checks
 from pjpo.data.examples import Example
 from pjpo.rewards.time_limit import limited
 from pjpo.types import Batch
@@ -89,6 +90,7 @@ class Rewards:
     timeout_seconds: float = 60.0
 
     def __post_init__(self):
+        checks.kinds(self)
         if not self.functions or len(self.weights) != len(self.functions):
             raise ValueError(
                 f"rewards: {len(self.functions)} functions with {len(self.weights)} weights; give one weight for each"
@@ -99,8 +101,6 @@ class Rewards:
             raise ValueError(
                 f"rewards: {len(self.functions)} functions with {len(self.names)} names; name all, or none"
             )
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"rewards: on_error must be one of {', '.join(get_args(OnError))}, got {self.on_error!r}")
         if not 0 < self.timeout_seconds < math.inf:
             raise ValueError(f"rewards: timeout_seconds must be > 0 and finite, got {self.timeout_seconds}")
         names = list(self.names) or [_name(function) for function in self.functions]

@@ -158,7 +158,7 @@ def test_chats_are_learned_by_their_last_turn_or_all(tmp_path):
 
 @pytest.mark.usefixtures("unchecked")
 def test_turns_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="data: turns must be one of last, all, got 'first'"):
+    with pytest.raises(ValueError, match="supervised: turns must be one of last, all, got 'first'"):
         supervised.Config(path="chats.jsonl", turns="first")
 
 

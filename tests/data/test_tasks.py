@@ -131,7 +131,7 @@ def test_bad_settings_are_refused(settings, words):
 def test_unknown_forms_are_refused(unchecked):
     with pytest.raises(ValueError, match="tasks: form must be one of chat, plain, got 'few_shot'"):
         of(form="few_shot")
-    with pytest.raises(ValueError, match="data: form must be one of chat, plain, got 'few_shot'"):
+    with pytest.raises(ValueError, match="gsm8k: form must be one of chat, plain, got 'few_shot'"):
         gsm8k.Config(path="x.jsonl", form="few_shot")
 
 

@@ -1,18 +1,20 @@
 """The command line, up to the point where a run would begin."""
 
+import dataclasses
 import importlib
 import operator
 import re
 import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 
 import pytest
 
 from experiments import registry
 from experiments.study import study
-from pjpo import experiment
+from pjpo import checks, experiment, runs
 from pjpo.models import lora
 from pjpo.rewards.protocol import Rewards
 
@@ -220,6 +222,68 @@ def test_settings_that_cannot_work_are_refused_in_a_line(command, tmp_path, name
     assert isinstance(code, str)  # which Python prints, and exits with 1
     assert message in code
     assert "Traceback" not in text
+
+
+def configs(value):
+    """All that an experiment holds, and itself."""
+    if isinstance(value, tuple):
+        return [config for item in value for config in configs(item)]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return []
+    return [value, *(config for item in vars(value).values() for config in configs(item))]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", registry.names())
+def test_every_field_refuses_another_kind_by_name(name):
+    for config in configs(registry.get(name)):
+        checks.kinds(config)
+        for field, hint in typing.get_type_hints(type(config)).items():
+            if (
+                hint is not typing.Any
+                and typing.get_origin(hint) is not typing.ClassVar
+                and hint is not typing.ClassVar
+            ):
+                with pytest.raises(ValueError, match=rf": {field} must be .*, got <object object"):
+                    checks.kinds(dataclasses.replace(config, **{field: object()}))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("name", "field"), [("dpo_glass", "pack"), ("rdpo_glass", "beta")])
+def test_a_run_with_a_value_of_another_kind_does_not_begin(tmp_path, name, field):
+    module, value = study if name in STUDIES else experiment, registry.get(name)
+    with pytest.raises(ValueError, match=rf": {field} must be .*, got 'no'"):
+        module.run(name, dataclasses.replace(value, **{field: "no"}), root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("dpo_glass", {"batch_size": "8"}, "experiment: batch_size must be a whole number, got '8'"),
+        ("dpo_glass", {"pack": "no"}, "experiment: pack must be True or False, got 'no'"),
+        ("dpo_glass", {"model": None}, "experiment: model must be a pjpo.experiment.Model, got None"),
+        ("dpo_glass", {"method": None}, "experiment: method must be given, got None"),
+        ("dpo_glass", {"data": "pairs"}, "data must be an object of settings, got 'pairs'"),
+        ("dpo_glass", {"optimizer": {"learning_rate": "high"}}, "optim: learning_rate must be a number, got 'high'"),
+        ("dpo_glass", {"loop": {"num_steps": 0}}, "num_steps must be at least 1, got 0"),
+        (
+            "dpo_glass",
+            {"keep_best_by": 3},
+            "experiment: keep_best_by must be a tuple, of a text, one of max, min or None, got 3",
+        ),
+        ("rdpo_glass", {"num_seeds": None}, "rdpo_glass: num_seeds must be a whole number, got None"),
+    ],
+)
+def test_a_folder_with_settings_of_another_kind_is_refused(command, begun, tmp_path, name, settings, message):
+    config = experiment.describe(registry.get(name))
+    for section, values in settings.items():
+        config[section] = config[section] | values if isinstance(values, dict) else values
+    folder = runs.create(tmp_path, name, config)
+    code, _ = command(name, "--resume", folder.path)
+    file = folder.path / "config.json"
+    assert code == f"{file} holds settings of no run: {message}; put back what it held, or start a new run"
+    assert begun == []
 
 
 @pytest.mark.parametrize("bug", [ValueError("of NumPy"), AssertionError("why"), KeyError("name")])
