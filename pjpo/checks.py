@@ -9,7 +9,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -26,32 +26,20 @@ WORDS = {
 
 
 def kinds(config: Any) -> None:
-    """Fields are what their annotations say, and so are those of the configs inside; for any frozen dataclass.
+    """Fields are what their annotations say, and so are those of the configs inside; for any dataclass.
 
     Raises:
         ValueError: one is not.
     """
-    kinds_of(type(config), vars(config))
-    for value in vars(config).values():
-        for part in value if isinstance(value, (tuple, list)) else [value]:
-            if dataclasses.is_dataclass(part) and not isinstance(part, type):
-                kinds(part)
-
-
-def kinds_of(config: type, values: Mapping[str, Any]) -> None:
-    """The same of values for fields of a config that is still to be made, but not of what is inside them.
-
-    Raises:
-        ValueError: one of them is of another kind.
-    """
-    hints = typing.get_type_hints(config)
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        if field.name not in values:
-            continue
-        value, hint = values[field.name], hints[field.name]
+        value, hint = getattr(config, field.name), hints[field.name]
         is_missing = hint is Any and value is None and field.default is not None
         if is_missing or not _is(value, hint):
-            raise ValueError(f"{_module(config)}: {field.name} must be {_said(hint)}, got {value!r}")
+            raise ValueError(f"{name_of(config)}: {field.name} must be {_said(hint)}, got {value!r}")
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                kinds(part)
 
 
 def positive(config: Any, *fields: str) -> None:
@@ -127,11 +115,7 @@ def one_of(config: Any, field: str, allowed: Iterable[str]) -> None:
 
 def name_of(config: Any) -> str:
     """The module of a config, which is the method's name."""
-    return _module(type(config))
-
-
-def _module(kind: type) -> str:
-    return kind.__module__.rpartition(".")[2]
+    return type(config).__module__.rpartition(".")[2]
 
 
 def _is(value: Any, hint: Any) -> bool:

@@ -93,6 +93,9 @@ class Experiment:
     wandb_project: str | None = None  # log to this project of Weights & Biases too; needs the extra wandb
     smoke: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # overrides for --smoke
 
+    def __post_init__(self):
+        checks.kinds(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
@@ -127,7 +130,6 @@ def run(
         FloatingPointError: diverged; the report shows how.
         distributed.Lost: another process ended.
     """
-    checks.kinds(experiment)
     distributed.agree("config", {"experiment": name, "resume": str(resume), **runs.flat(describe(experiment))})
     distributed.agree("code", runs.code())
     say = say if distributed.is_first() else lambda _: None
@@ -189,8 +191,7 @@ def recall(value: Any, described: Any, name: str = "config") -> Any:
             raise ValueError(f"{name} must be an object of settings, got {described!r}")
         names = [field.name for field in dataclasses.fields(value) if field.name in described]
         fields = {name: recall(getattr(value, name), described[name], name) for name in names}
-        checks.kinds_of(type(value), fields)
-        return dataclasses.replace(value, **fields)
+        return dataclasses.replace(value, **fields)  # refuses values of another kind
     if callable(value):
         return value
     if isinstance(value, tuple) and isinstance(described, list) and len(value) == len(described):

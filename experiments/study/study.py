@@ -94,7 +94,6 @@ def run(name: str, study: Study, *, root: Path | str = "runs", resume: Path | No
         ValueError: the folder to resume holds something else, or a new one cannot be written.
         train.Stopped: interrupted; the seeds that are done are kept.
     """
-    checks.kinds(study)
     config = describe(study)
     for part in vars(study).values():
         if isinstance(part, bench.Training):

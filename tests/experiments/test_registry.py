@@ -14,8 +14,11 @@ import pytest
 
 from experiments import registry
 from experiments.study import study
-from pjpo import checks, experiment, runs
-from pjpo.models import lora
+from pjpo import checks, distributed, experiment, plan, runs
+from pjpo.data import gsm8k, mixture
+from pjpo.models import decoder, lora
+from pjpo.plan.shapes import SHAPES
+from pjpo.rewards import cosine_length, format, learned, overlong
 from pjpo.rewards.protocol import Rewards
 
 ROOT = Path(__file__).parents[2]
@@ -233,10 +236,22 @@ def configs(value):
     return [value, *(config for item in vars(value).values() for config in configs(item))]
 
 
+OTHERS = (  # which no experiment here holds
+    distributed.Config(),
+    gsm8k.Config(path=""),
+    mixture.Config(parts=(mixture.Part(name="a", data=gsm8k.Config(path="")),)),
+    plan.Work(model=decoder.Config(**SHAPES["Llama-3.2-1B"]), batch_size=8),
+    cosine_length.Config(verifier=len, max_tokens=9),
+    format.Config(tags=("a",)),
+    learned.Config(source="", normalise=False),
+    overlong.Config(max_tokens=9, cache_tokens=3),
+)
+
+
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", [*registry.names(), "others"])
 def test_every_field_refuses_another_kind_by_name(name):
-    for config in configs(registry.get(name)):
+    for config in OTHERS if name == "others" else configs(registry.get(name)):
         checks.kinds(config)
         for field, hint in typing.get_type_hints(type(config)).items():
             if (
@@ -249,12 +264,14 @@ def test_every_field_refuses_another_kind_by_name(name):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("name", "field"), [("dpo_glass", "pack"), ("rdpo_glass", "beta")])
-def test_a_run_with_a_value_of_another_kind_does_not_begin(tmp_path, name, field):
-    module, value = study if name in STUDIES else experiment, registry.get(name)
-    with pytest.raises(ValueError, match=rf": {field} must be .*, got 'no'"):
-        module.run(name, dataclasses.replace(value, **{field: "no"}), root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("dpo_glass", "pack"), ("dpo_glass", "model.remat"), ("reward_pairs", "method.annotated_margins")],
+)
+def test_an_experiment_with_a_value_of_another_kind_is_not_made(name, place):
+    field = place.rpartition(".")[2]
+    with pytest.raises(ValueError, match=rf": {field} must be True or False, got 'no'"):
+        registry.override(registry.get(name), {place: "no"})
 
 
 @pytest.mark.parametrize(
