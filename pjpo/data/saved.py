@@ -10,12 +10,14 @@ from pjpo.data.examples import Data, Example, Examples
 from pjpo.runs import write_whole
 
 ABOUT = ("counts", "about", "sources", "weights", "sampled")
+PARTS = ("train", "held_out")
 
 
 def save(path: pathlib.Path, data: Data) -> None:
     """Built data as JSON lines, a row for each example; whole or not at all."""
     rows: list[dict] = [{name: getattr(data, name) for name in ABOUT}]
-    for part in ("train", "held_out"):
+    rows[0]["examples"] = {part: len(getattr(data, part)) for part in PARTS}
+    for part in PARTS:
         for example in getattr(data, part):
             fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
             rows.append({"part": part} | {name: _plain(value) for name, value in fields.items()})
@@ -28,11 +30,14 @@ def load(path: pathlib.Path) -> Data:
     Raises:
         ValueError: the file is damaged; names it.
     """
-    parts = {"train": Examples(), "held_out": Examples()}
+    parts = {part: Examples() for part in PARTS}
     try:
         first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         for row in rows:
             parts[row.pop("part")].append(_example(row))
+        found = {part: len(examples) for part, examples in parts.items()}
+        if (written := first.pop("examples", found)) != found:  # which files of earlier versions do not say
+            raise ValueError(f"{written} examples were written, {found} are there")
         about = {name: tuple(value) if isinstance(value, list) else value for name, value in first.items()}
         return Data(**parts, **about)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
