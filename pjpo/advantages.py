@@ -45,10 +45,12 @@ def group_relative(
     if std not in STDS:
         raise ValueError(f"group_relative: std must be one of {', '.join(STDS)}, got {std!r}")
     rewards, mask = widened(rewards), _mask_of(rewards, mask)
+    axis = None if std == "batch" else -1
+    rewards, unit = _in_units(rewards, mask, axis)
     centred = _centred(rewards, mask, "group_relative")
     if std == "none":
-        return centred
-    scale = jnp.sqrt(_variance(rewards, mask, axis=-1 if std == "group" else None, ddof=ddof)) + eps
+        return centred * unit
+    scale = jnp.sqrt(_variance(rewards, mask, axis, ddof)) + eps / unit
     return centred / jnp.where(scale > 0, scale, 1)
 
 
@@ -60,9 +62,10 @@ def leave_one_out(
     Raises:
         ValueError: one completion for each prompt, which has no others.
     """
-    rewards, mask = widened(rewards), _mask_of(rewards, mask)
+    mask = _mask_of(rewards, mask)
+    rewards, unit = _in_units(widened(rewards), mask, axis=-1)
     count = mask.sum(-1, keepdims=True).astype(rewards.dtype)
-    return _centred(rewards, mask, "leave_one_out") * count / jnp.maximum(count - 1, 1)
+    return _centred(rewards, mask, "leave_one_out") * count / jnp.maximum(count - 1, 1) * unit
 
 
 def gae(
@@ -95,7 +98,7 @@ def gae(
     rewards, values, mask = widened(rewards), widened(values), _mask_of(rewards, mask)
     dtype = jnp.promote_types(rewards.dtype, values.dtype)
     tokens_first = [jnp.moveaxis(x, -1, 0) for x in (rewards.astype(dtype), values.astype(dtype), mask)]
-    end = jnp.zeros_like(tokens_first[1][0])
+    end = jnp.zeros(values.shape[:-1], dtype)
     _, advantages = jax.lax.scan(back, (end, end), tuple(tokens_first), reverse=True)
     advantages = jnp.moveaxis(advantages, 0, -1)
     return jnp.where(mask, advantages, 0), jnp.where(mask, advantages + values, 0)
@@ -128,7 +131,9 @@ def reinforce_pp_baseline(
         ValueError: one completion for each prompt.
     """
     mask = jnp.asarray(mask, bool)
-    centred = _centred(widened(rewards), mask.any(-1) if scored is None else scored, "reinforce_pp_baseline")
+    scored = mask.any(-1) if scored is None else jnp.asarray(scored, bool)
+    rewards, unit = _in_units(widened(rewards), scored)
+    centred = _centred(rewards, scored, "reinforce_pp_baseline") * unit
     return whiten(jnp.broadcast_to(centred[..., None], mask.shape), mask)
 
 
@@ -136,8 +141,9 @@ def whiten(
     values: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, eps: float | int = 1e-8
 ) -> Float[Array, "*shape"]:
     """Less the mean, over the standard deviation (n - 1; `eps` is added to the variance); 0 where `mask` is false."""
-    values, mask = widened(values), _mask_of(values, mask)
-    scaled = (values - _mean(values, mask)) / jnp.sqrt(_variance(values, mask) + eps)
+    mask = _mask_of(values, mask)
+    values, unit = _in_units(widened(values), mask)
+    scaled = (values - _mean(values, mask)) / jnp.sqrt(_variance(values, mask) + eps / unit / unit)
     return jnp.where(mask, scaled, 0)
 
 
@@ -166,6 +172,13 @@ def _centred(rewards: Array, mask: Array, name: str) -> Array:
         )
     # The mean of equal numbers can differ from them by rounding, which a small deviation would blow up.
     return jnp.where(mask & mixed(rewards, mask)[..., None], rewards - _mean(rewards, mask, axis=-1), 0)
+
+
+def _in_units(values: Array, mask: Array, axis: int | None = None) -> tuple[Array, Array]:
+    """Values in a unit in which no sum or square of them is too large for float32; 1 unless some are beyond 1e9."""
+    largest = jnp.where(mask, jnp.abs(values), 0).max(axis, keepdims=True, initial=0)
+    unit = jnp.maximum(largest / 1e9, 1)
+    return values / unit, unit
 
 
 def _mask_of(values: ArrayLike, mask: ArrayLike | None) -> Array:

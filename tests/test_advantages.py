@@ -236,3 +236,38 @@ def test_a_completion_that_counts_in_no_loss_may_count_in_its_prompts_mean():
     expected = adv.whiten(np.broadcast_to(centred[..., None], two[1].shape), two[1])
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(np.asarray(adv.reinforce_pp_baseline(*two)) - found).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [1e8, 1e12, 1e20, 1e30, 1e38])
+def test_huge_rewards_are_not_too_large_for_float32(size):
+    rewards = (np.array([[1.0, -0.5, 0.5, 0.25], [1.0, 1.0, 1.0, 0.0]]) * [[size], [1.0]]).astype(np.float32)
+    exact, rewards = rewards.astype(np.float64), jnp.asarray(rewards)
+    centred = exact - exact.mean(-1, keepdims=True)
+    expected = {
+        "group": centred / (exact.std(-1, ddof=1, keepdims=True) + 1e-4),
+        "batch": centred / (exact.std(ddof=1) + 1e-4),
+        "none": centred,
+    }
+    for std, advantages in expected.items():
+        np.testing.assert_allclose(adv.group_relative(rewards, std=std), advantages, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(adv.leave_one_out(rewards), centred * 4 / 3, rtol=1e-6)
+    mask = jnp.ones((2, 4, 1), bool)
+    whitened = (exact - exact.mean()) / exact.std(ddof=1)
+    np.testing.assert_allclose(adv.whiten(rewards, mask[..., 0]), whitened, rtol=1e-5)
+    np.testing.assert_allclose(adv.reinforce_pp(rewards[..., None], mask)[0][..., 0], whitened, rtol=1e-5)
+    whitened = (centred - centred.mean()) / centred.std(ddof=1)
+    found = adv.reinforce_pp_baseline(rewards, mask)[..., 0]
+    np.testing.assert_allclose(found, whitened, rtol=1e-5, atol=1e-7)
+
+
+def test_the_largest_rewards_of_float32():
+    # The mean is 1.5e38, and the others are 1.5e38 three times and -4.5e38: over a deviation of 3e38.
+    rewards = jnp.array([3e38, 3e38, 3e38, -3e38], jnp.float32)
+    np.testing.assert_allclose(adv.group_relative(rewards), [0.5, 0.5, 0.5, -1.5], rtol=1e-6)
+
+
+def test_no_tokens_have_no_advantages():
+    rewards, mask = jnp.zeros((2, 0)), jnp.zeros((2, 0), bool)
+    for advantages in (*adv.gae(rewards, rewards, mask), *adv.reinforce_pp(rewards, mask)):
+        assert advantages.shape == (2, 0)
+        assert advantages.dtype == jnp.float32
