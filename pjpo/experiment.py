@@ -38,6 +38,7 @@ from pjpo.evals.result import side_by_side
 from pjpo.models import actor_critic, lora
 from pjpo.models.policy import joined
 from pjpo.per_source import per_source
+from pjpo.rewards.protocol import Unscored
 from pjpo.types import Batch
 
 PAIRS = "pairs.jsonl"  # in a run's folder: data that the run sampled itself
@@ -128,6 +129,7 @@ def run(
         ValueError: settings that do not fit each other, or a folder that holds something else.
         train.Stopped: interrupted, with everything saved.
         FloatingPointError: diverged; the report shows how.
+        Unscored: a reward with `on_error` "raise" failed.
         distributed.Lost: another process ended.
     """
     distributed.agree("config", {"experiment": name, "resume": str(resume), **runs.flat(describe(experiment))})
@@ -154,6 +156,8 @@ def run(
         if isinstance(ended, FloatingPointError):
             raise
         raise train.Stopped(f"{ended}\n{how_to_go_on(name, folder)}") from None
+    except Unscored as failed:
+        raise Unscored(f"{failed}\n{how_to_go_on(name, folder)}") from failed
     except KeyboardInterrupt:
         about = "stopped at once; updates after the last checkpoint will be repeated"
         raise train.StoppedAtOnce(f"{about}\n{how_to_go_on(name, folder)}") from None

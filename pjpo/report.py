@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +204,12 @@ def write(folder: str | os.PathLike) -> Path:
     sections = [
         ("Results", _results(run)),
         ("Plot", _plot(run)),
-        ("Reward against KL", _picture(frontier(run), "On held-out data, from the start of training to its end.")),
-        ("Learning curves", _picture(learning_curves(run), "Strong: running mean. Diamonds: held-out data.")),
-        ("Evaluation", _picture(evaluation_curves(run), "On held-out data. Bands: one standard error.")),
+        (
+            "Reward against KL",
+            _picture(lambda: frontier(run), "On held-out data, from the start of training to its end."),
+        ),
+        ("Learning curves", _picture(lambda: learning_curves(run), "Strong: running mean. Diamonds: held-out data.")),
+        ("Evaluation", _picture(lambda: evaluation_curves(run), "On held-out data. Bands: one standard error.")),
         ("Samples", _samples(run)),
         ("Token rewards", token_rewards(rows) if (rows := _of_kind(run, "token_rewards")) else ""),
         ("Data", _table(_under(run.summary, "counts/"))),
@@ -317,11 +320,17 @@ def _of_kind(run: runs.Run, kind: str) -> list[dict[str, Any]]:
     return [row for row in run.samples if row.get("kind", "completion") == kind]
 
 
-def _picture(figure: Figure | None, caption: str) -> str:
-    if figure is None:
-        return ""
+def _picture(draw: Callable[[], Figure | None], caption: str) -> str:
+    """What is drawn; or why it could not be, as the rest of the report can still be read."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=144)
+    try:
+        figure = draw()
+        if figure is None:
+            return ""
+        figure.savefig(data, format="png", dpi=144)
+    except (ValueError, ArithmeticError, RuntimeError) as error:  # numbers beyond the axes, a picture beyond its size
+        why = html.escape(f"{type(error).__name__}: {error}")
+        return f"<p>This picture could not be drawn: {why}. Its numbers are in metrics.jsonl and summary.json.</p>"
     source = base64.b64encode(data.getvalue()).decode()
     return f'<p class="caption">{caption}</p><img alt="{caption}" src="data:image/png;base64,{source}">'
 

@@ -293,13 +293,13 @@ def read(path: str | os.PathLike) -> Run:
     path = Path(path)
     about = _read_config(path)
     columns: dict[str, dict[int, float]] = {}
-    for row in _read_lines(path / "metrics.jsonl"):
+    for number, row in enumerate(_read_lines(path / "metrics.jsonl"), 1):
         step = row.pop("step")
         for name, value in row.items():
             try:
                 columns.setdefault(name, {})[step] = float(value)
             except (TypeError, ValueError):
-                place = f"{path / 'metrics.jsonl'}, step {step}"
+                place = f"{path / 'metrics.jsonl'}, line {number}, step {step}"
                 raise ValueError(f"{place}: {name} is no number but {value!r}; remove that line") from None
     metrics = {}
     for name, values in columns.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import bench, refilled, refilling
+from benchmarks import bench, refilled, refilling, scaling
 from pjpo.sampling import Prompts, sequence_keys
 from tests import test_rollouts
 
@@ -103,3 +104,25 @@ def test_refilled_rows_sample_what_rows_for_all_do(rows, at_once, halvings):
     assert len(set(np.asarray(found.mask).sum(-1).reshape(-1))) > 2
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def compiled_or_not(effort, model, *_):
+    if model == "too large":
+        os._exit(1)  # as the compiler does
+    return {"effort": effort, "fits": True, "seconds": {"compute": 1.0}}
+
+
+def test_scaling_goes_on_when_the_compiler_ends_its_process(monkeypatch, tmp_path, capfd):
+    rows = [(model, "v5e:2x2", (1, 4, 1), 8) for model in ("small", "too large", "large")]
+    monkeypatch.setattr(scaling, "ROWS", {"update": rows, "generation": []})
+    monkeypatch.setattr(scaling, "compile_row", compiled_or_not)  # in a process of its own, as the real one
+    monkeypatch.setattr(sys, "argv", ["scaling", str(tmp_path / "rows.jsonl")])
+    failed = r"as the compiler failed on them: \[\['too large', 'v5e:2x2', \(1, 4, 1\), 8, 'update'\]\]"
+    for compiled in (["small", "large"], []):  # a second time, only what is missing
+        with pytest.raises(SystemExit, match=failed):
+            scaling.main()
+        said = capfd.readouterr().out.splitlines()
+        assert [line.split("'")[1] for line in said if "compute" in line] == compiled
+        assert sum("the compiler ended the process" in line for line in said) == 1
+        lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert [line["row"][0] for line in lines] == ["small", "large"]

@@ -14,12 +14,12 @@ import pytest
 from scipy import stats
 
 from experiments import registry
-from pjpo import experiment, online, runs
+from pjpo import experiment, online, runs, train
 from pjpo.data.batches import order
 from pjpo.data.examples import Example
 from pjpo.methods import dpo, grpo, ppo
 from pjpo.metrics import Mean
-from pjpo.rewards.protocol import Rewards
+from pjpo.rewards.protocol import Rewards, Unscored
 from pjpo.sampling import Prompts, Sampling, sequence_keys
 from pjpo.step import State
 from pjpo.types import Batch
@@ -537,6 +537,31 @@ def test_settings_that_do_not_fit_are_refused_first(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         experiment.run("tiny", value, root=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reward_that_may_not_fail_says_how_to_go_on(model, tmp_path):
+    scored = []
+
+    def fails(completions):
+        scored.append(len(completions))
+        if len(scored) > 1:
+            raise KeyError("bad")
+        return [float(len(text)) for text in completions]
+
+    settings = {"model.source": str(model), "batch_size": 8, "optimizer.warmup_steps": 0}
+    settings |= {"rollouts.prompts_per_rollout": 8, "rollouts.num_completions": 2, "rollouts.sampling_batch_size": 8}
+    settings |= {"rollouts.rewards": Rewards(functions=(fails,), weights=(1.0,), on_error="raise")}
+    settings |= {"loop": train.Loop(num_steps=4, checkpoint_every_steps=2)}
+    value = registry.override(tiny_online.EXPERIMENT, settings)
+    with pytest.raises(Unscored) as stopped:
+        experiment.run("tiny", value, root=tmp_path)
+    (folder,) = tmp_path.glob("tiny/*")
+    why, how = str(stopped.value).splitlines()
+    assert re.fullmatch(r"reward 'fails', row made up:\d+, completion 0: KeyError: 'bad'", why)
+    assert how == f"Go on with: python -m experiments.tiny --resume {folder}"
+    said, scored[:] = [], []  # mended
+    experiment.run("tiny", value, resume=folder, say=said.append)
+    assert "going on from step 2 of 4" in said
 
 
 class Online(Program):

@@ -184,6 +184,24 @@ def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path):
     assert "nan" in report.write(run.path).read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # which end nothing outside of tests
+def test_a_picture_that_cannot_be_drawn_says_why_in_its_place(tmp_path):
+    huge = [(0, {"loss": 1e308, "eval/accuracy": 0.5}), (1, {"loss": -1e308, "eval/accuracy": 0.75})]
+    run = make_bare(tmp_path, huge, {"eval/accuracy": 0.75})
+    page = report.write(run.path).read_text()
+    place = "<h2>Learning curves</h2><p>This picture could not be drawn: ValueError: arange: cannot compute length. Its"
+    assert place in page
+    assert "<h2>Evaluation</h2><p class" in page
+    assert "<h2>Results</h2>" in page
+    assert "<h2>Made with</h2>" in page
+
+
+def test_bugs_in_a_picture_are_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "learning_curves", lambda run: run.nothing)
+    with pytest.raises(AttributeError):
+        report.write(make_bare(tmp_path, [(0, {"loss": 1.0})]).path)
+
+
 def test_token_rewards_by_colour():
     row = {"tokens": ["good", " <b>", "bad"], "token_rewards": [2.0, "NaN", -1.0], "prompt": "p & q", "label": "chosen"}
     shown = report.token_rewards([row])

@@ -218,8 +218,9 @@ def test_what_goes_on_has_not_finished_and_what_finished_is_not_forgotten_whole(
 
 @pytest.mark.parametrize("value", [None, "six", [1]])
 def test_a_metric_that_is_no_number_is_named(folder, value):
-    (folder.path / "metrics.jsonl").write_text(json.dumps({"step": 6, "loss": value}) + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, step 6: loss is no number but .*; remove that line"):
+    rows = [{"step": 6, "loss": 0.5}, {"step": 6, "loss": value}]
+    (folder.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, step 6: loss is no number but .*; remove that line"):
         runs.read(folder)
 
 

@@ -75,6 +75,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"model: {name} must be > 0, got {value}")
+        if self.temperature < 1e-6:  # float32 then rounds by nats, and soon to what is not finite
+            raise ValueError(
+                f"model: temperature must be at least 1e-06, got {self.temperature}; greedy is a setting of Sampling"
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"model: sliding_window must be at least 1, got {self.sliding_window}")
         if self.sliding_window is None and (self.global_layers or self.rope_theta_local):

@@ -48,6 +48,10 @@ class Failure:
         return f"reward {self.reward!r}, row {self.row}, completion {self.completion}: {self.cause}"
 
 
+class Unscored(RuntimeError):
+    """A reward failed at a completion, where that stops the run."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
     """N completions of each of B prompts."""
@@ -183,7 +187,7 @@ class Rewards:
 
         Raises:
             ValueError: rows that do not fit each other, or a column that a reward reads and no row has.
-            RuntimeError: a failure, where `on_error` is "raise"; names it.
+            Unscored: a failure, where `on_error` is "raise"; names it.
             ImportError: a package that a reward needs is missing.
         """
         num_prompts, columns = len(prompts), columns or [{}] * len(prompts)
@@ -244,7 +248,7 @@ class Rewards:
         def fail(place: int, cause: str, error: Exception | None = None) -> None:
             failures.append(failure(place, cause))
             if self.on_error == "raise":
-                raise RuntimeError(str(failures[-1])) from error
+                raise Unscored(str(failures[-1])) from error
 
         while todo:
             part = todo.pop()

@@ -337,6 +337,7 @@ def test_logps_refuse_more_positions_than_the_model_has():
         ({"activation": "gelu"}, "model: activation must be one of silu, gelu_tanh, got 'gelu'"),
         ({"logit_softcap": 0.0}, "model: logit_softcap must be > 0, got 0.0"),
         ({"temperature": 0.0}, "model: temperature must be > 0, got 0.0"),
+        ({"temperature": 1e-40}, "model: temperature must be at least 1e-06, got 1e-40; greedy is a setting of Samp"),
         ({"query_scale": float("nan")}, "model: query_scale must be > 0, got nan"),
         ({"sliding_window": 0}, "model: sliding_window must be at least 1, got 0"),
         ({"rope_theta_local": 5.0}, "model: global_layers and rope_theta_local mean something only with a sliding_win"),
