@@ -31,12 +31,13 @@ def kinds(config: Any) -> None:
     Raises:
         ValueError: one is not.
     """
-    hints = typing.get_type_hints(type(config))
+    name, hints = type(config).__name__.lower(), typing.get_type_hints(type(config))
+    place = name_of(config) if name == "config" else name
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         is_missing = hint is Any and value is None and field.default is not None
         if is_missing or not _is(value, hint):
-            raise ValueError(f"{name_of(config)}: {field.name} must be {_said(hint)}, got {value!r}")
+            raise ValueError(f"{place}: {field.name} must be {_said(hint)}, got {value!r}")
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if dataclasses.is_dataclass(part) and not isinstance(part, type):
                 kinds(part)

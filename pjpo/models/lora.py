@@ -7,12 +7,12 @@ that of PEFT's default, so learning rates do not carry over as they are.
 
 import dataclasses
 import math
+import numbers
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjpo import checks
 from pjpo.products import product
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -25,14 +25,14 @@ class Config:
     targets: tuple[str, ...] = PROJECTIONS  # which projections of every layer get an adapter
 
     def __post_init__(self):
-        checks.kinds(self)
-        if self.rank < 0:
-            raise ValueError(f"lora: rank must be at least 1, or 0 for no adapters, got {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora: alpha must be > 0, got {self.alpha}")
-        unknown = [name for name in self.targets if name not in PROJECTIONS]
-        if unknown or not self.targets:
-            raise ValueError(f"lora: targets must be some of {', '.join(PROJECTIONS)}; got {self.targets}")
+        if not (isinstance(self.rank, numbers.Integral) and self.rank >= 0):
+            raise ValueError(f"lora: rank must be at least 1, or 0 for no adapters, got {self.rank!r}")
+        if not (isinstance(self.alpha, numbers.Real) and 0 < self.alpha < math.inf):
+            raise ValueError(f"lora: alpha must be > 0, got {self.alpha!r}")
+        if not (isinstance(self.targets, tuple) and self.targets and set(PROJECTIONS).issuperset(self.targets)):
+            raise ValueError(
+                f"lora: targets must be some of {', '.join(PROJECTIONS)}; got {self.targets!r}, give a tuple"
+            )
 
 
 class Adapter(nn.Module):

@@ -381,8 +381,13 @@ def test_the_least_scalings_that_can_be():
         ({"alpha": float("inf")}, "lora: alpha must be > 0, got inf"),
         ({"targets": ("q", "w")}, "lora: targets must be some of q, k, v, o, gate, up, down; got"),
         ({"targets": ()}, "lora: targets must be some of"),
+        ({"targets": ["q", "v"]}, r"lora: targets must be some of .*; got \['q', 'v'\], give a tuple"),
+        ({"targets": "qkv"}, "lora: targets must be some of .*; got 'qkv', give a tuple"),
+        ({"rank": None}, "lora: rank must be at least 1, or 0 for no adapters, got None"),
+        ({"alpha": "16"}, "lora: alpha must be > 0, got '16'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_adapters_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         lora.Config(**settings)
