@@ -28,6 +28,8 @@ WORDS = {
 def kinds(config: Any) -> None:
     """Fields are what their annotations say, and so are those of the configs inside; for any dataclass.
 
+    Where an annotation is `Any`, None is refused unless it is the default.
+
     Raises:
         ValueError: one is not.
     """
@@ -146,8 +148,9 @@ def _said(hint: Any) -> str:
     if kind in (typing.Union, types.UnionType):
         return " or ".join(map(_said, parts))
     if kind is tuple:
-        each = f"each {_said(parts[0])}" if parts[1:] == (...,) else f"of {', '.join(map(_said, parts))}"
-        return f"a tuple, {each}"
+        if parts[1:] != (...,):
+            return f"a tuple ({', '.join(map(_said, parts))})"
+        return "a tuple" if parts[0] is Any else f"a tuple, each {_said(parts[0])}"
     kind = kind or hint
     return WORDS.get(kind) or f"a {kind.__module__}.{kind.__qualname__}"
 

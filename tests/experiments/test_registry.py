@@ -287,7 +287,7 @@ def test_an_experiment_with_a_value_of_another_kind_is_not_made(name, place):
         (
             "dpo_glass",
             {"keep_best_by": 3},
-            "experiment: keep_best_by must be a tuple, of a text, one of max, min or None, got 3",
+            "experiment: keep_best_by must be a tuple (a text, one of max, min) or None, got 3",
         ),
         ("rdpo_glass", {"num_seeds": None}, "study: num_seeds must be a whole number, got None"),
     ],
