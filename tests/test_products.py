@@ -1,5 +1,6 @@
 """Matrix products and their gradients against NumPy in float64."""
 
+import functools
 import types
 
 import jax
@@ -35,12 +36,17 @@ def wide(x):
     return np.asarray(x, np.float64)
 
 
-@pytest.fixture(params=["of CPUs", "of other devices"])
+def as_on_other_devices(monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
+@pytest.fixture(params=["of CPUs", "of CPUs with a matrix unit", "of other devices"])
 def branch(request, monkeypatch):
     """What a program would run on these, run here."""
-    jax.clear_caches()  # of the other branch
+    jax.clear_caches()  # of the other branches
+    monkeypatch.setattr(products, "has_matrix_unit", lambda: request.param == "of CPUs with a matrix unit")
     if request.param == "of other devices":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        as_on_other_devices(monkeypatch)
     yield
     jax.clear_caches()
 
@@ -163,13 +169,43 @@ def test_scaled_columns_and_their_gradients(rows):
     np.testing.assert_allclose(dscale, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("multiply", [lambda a, b: dot(a, b, (1,), (0,)), lambda a, b: einsum("ab,bc->ac", a, b)])
-def test_float32_is_multiplied_as_float32_on_every_device(multiply):
+MULTIPLY = {
+    "dot": lambda a, b: dot(a, b, (1,), (0,)),
+    "einsum": lambda a, b: einsum("ab,bc->ac", a, b, many=True),
+    "einsum of few": lambda a, b: einsum("ab,bc->ac", a, b, many=False),
+}
+
+
+@pytest.mark.parametrize("multiply", MULTIPLY.values(), ids=MULTIPLY)
+def test_float32_is_multiplied_as_float32_on_every_device(multiply, monkeypatch):
     """By default a GPU would take TF32 and a TPU bfloat16; products of bfloat16 need no more than they have."""
+    as_on_other_devices(monkeypatch)
     for dtype, precision in (("float32", jax.lax.Precision.HIGHEST), ("bfloat16", None)):
         (equation,) = jax.make_jaxpr(multiply)(*draw((2, 3), (3, 4), dtype=dtype)).eqns
         assert equation.params["precision"] in (precision, precision and (precision, precision))
         assert equation.params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+@pytest.mark.parametrize("name", MULTIPLY)
+def test_bfloat16_is_multiplied_as_float32_where_a_cpu_has_no_unit_for_it(name, has_it, monkeypatch):
+    monkeypatch.setattr(products, "has_matrix_unit", lambda: has_it)
+    traced = jax.jit(lambda a, b: MULTIPLY[name](a, b)).trace(*draw((2, 3), (3, 4), dtype="bfloat16"))
+    for platform in ("cpu", "tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        (line,) = [line for line in text.splitlines() if "dot_general" in line]
+        as_float32 = platform == "cpu" and name != "einsum of few" and not has_it
+        assert ("tensor<3x4xbf16>" in line) is not as_float32, platform
+
+
+@pytest.mark.parametrize("name", MULTIPLY)
+def test_bfloat16_rounds_before_it_is_multiplied(name, monkeypatch):
+    """So XLA must not drop a conversion to bfloat16 that one to float32 follows."""
+    monkeypatch.setattr(products, "has_matrix_unit", lambda: False)
+    a, b = draw((5, 64), (64, 6), dtype="float32")
+    narrow = functools.partial(jnp.asarray, dtype=jnp.bfloat16)
+    found = jax.jit(lambda a, b: MULTIPLY[name](narrow(a), narrow(b)))(a, b)
+    np.testing.assert_allclose(found, wide(narrow(a)) @ wide(narrow(b)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cut", [(layout.FSDP, layout.MODEL, None), (layout.MODEL, layout.FSDP)])

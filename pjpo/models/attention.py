@@ -115,13 +115,13 @@ def decode(
         here = prompt_keys.sum(1)[:, None] + step
         visible &= _near(here, _positions(prompt_keys), scoring.window)[:, None, None]
         so_far &= _near(step, own_steps, scoring.window)
-    to_prompt = soft_cap(einsum("bkqh,bkhs->bkqs", by_prompt(q), cache.prompt_k), scoring.softcap)
+    to_prompt = soft_cap(einsum("bkqh,bkhs->bkqs", by_prompt(q), cache.prompt_k, many=False), scoring.softcap)
     to_prompt = by_completion(jnp.where(visible, to_prompt, MASKED))
     to_own = jnp.where(so_far[None, None, None], soft_cap(to_own, scoring.softcap), MASKED)
     peak = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
     to_prompt, to_own = jnp.exp(to_prompt - peak), jnp.exp(to_own - peak)
     total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)
-    out = by_completion(einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), cache.prompt_v))
+    out = by_completion(einsum("bkqs,bksh->bkqh", by_prompt(to_prompt).astype(q.dtype), cache.prompt_v, many=False))
     out = own.mix(to_own.astype(q.dtype), step, out) / total
     return out.astype(q.dtype).reshape(num_prompts, num_completions, heads[0], -1, heads[2]), cache._replace(own=own)
 
@@ -167,7 +167,7 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]], scoring: S
     axes = "bkqth" if q.ndim == 5 else "bknqth"
     weights, peak = [], None
     for keys, _, source, visible in sources:
-        product = soft_cap(einsum(f"{axes},{source}->{axes[:-1]}s", q, keys), scoring.softcap)
+        product = soft_cap(einsum(f"{axes},{source}->{axes[:-1]}s", q, keys, many=True), scoring.softcap)
         product = jnp.where(visible, product, MASKED)
         weights.append(product)
         highest = product.max(-1, keepdims=True)
@@ -176,7 +176,7 @@ def _attend(q: Array, sources: list[tuple[Array, Array, str, Array]], scoring: S
     weights = [jnp.exp(product - peak) for product in weights]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = sum(
-        einsum(f"{axes[:-1]}s,{source}->{axes}", w.astype(q.dtype), v)
+        einsum(f"{axes[:-1]}s,{source}->{axes}", w.astype(q.dtype), v, many=True)
         for w, (_, v, source, _) in zip(weights, sources, strict=True)
     )
     return (out / total).astype(q.dtype)

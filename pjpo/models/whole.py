@@ -31,10 +31,10 @@ class Cache(NamedTuple):
 
     def scores(self, q: Float[Array, "R K Q H"], step: Int[Array, ""]) -> Float[Array, "R K Q T"]:
         """Products of queries with keys, float32; those with what is not written yet are of no use."""
-        return einsum("bkqh,bkhs->bkqs", q, self.keys)
+        return einsum("bkqh,bkhs->bkqs", q, self.keys, many=False)
 
     def mix(
         self, weights: Float[Array, "R K Q T"], step: Int[Array, ""], start: Float[Array, "R K Q H"]
     ) -> Float[Array, "R K Q H"]:
         """`start` plus the values by their weights; float32."""
-        return start + einsum("bkqs,bksh->bkqh", weights, self.values)
+        return start + einsum("bkqs,bksh->bkqh", weights, self.values, many=False)
