@@ -99,14 +99,17 @@ def test_bfloat16_takes_the_softmax_in_float32():
 
 
 def test_every_product_takes_the_dtype_of_the_states():
-    """A float32 cotangent would give no worse numbers, but float32 products, which matrix units are slow at."""
+    """A float32 cotangent would give no worse numbers, but float32 products, which matrix units are slow at.
+
+    For a GPU: a CPU without a matrix unit takes float32 on purpose, see `pjpo.products`.
+    """
     hidden, table, targets, _ = example()
 
     def total(hidden, table):
         return token_logps(hidden, table, jnp.int32(targets), 100).sum()
 
     arguments = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, table))
-    text = jax.jit(jax.grad(total, (0, 1))).lower(*arguments).as_text()
+    text = jax.jit(jax.grad(total, (0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     operands = re.findall(r"dot_general .*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)", text)
     assert len(operands) >= 4  # forward, forward again, and for the gradients of states and table
     assert {dtype for pair in operands for dtype in pair} == {"bf16"}
