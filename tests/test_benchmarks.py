@@ -112,6 +112,7 @@ def compiled_or_not(effort, model, *_):
     return {"effort": effort, "fits": True, "seconds": {"compute": 1.0}}
 
 
+@pytest.mark.slow
 def test_scaling_goes_on_when_the_compiler_ends_its_process(monkeypatch, tmp_path, capfd):
     rows = [(model, "v5e:2x2", (1, 4, 1), 8) for model in ("small", "too large", "large")]
     monkeypatch.setattr(scaling, "ROWS", {"update": rows, "generation": []})

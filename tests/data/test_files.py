@@ -162,6 +162,7 @@ def test_turns_that_are_none_are_refused():
         supervised.Config(path="chats.jsonl", turns="first")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Neither its lines nor their tokens are held: less than 400 bytes a row are, of 4,000 and as many tokens."""
     peaks = []

@@ -192,6 +192,7 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
         reviews.read()
 
 
+@pytest.mark.slow
 @needs_vader
 @needs_glass
 @needs_reviews

@@ -52,6 +52,7 @@ def test_the_start_has_moved_nowhere(start, pairs):
     assert -200 < panel["logps/chosen"] < -5
 
 
+@pytest.mark.slow
 def test_training_learns_its_pairs_from_the_start(start, pairs):
     begun, (params, last) = start.fit(dpo.loss, dpo.Config(beta=0.1), pairs, TRAINING, seed=0)
     assert begun[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
